@@ -1,0 +1,101 @@
+"""What the four attention modules share: argument checks, the accumulation dtype, and the tail of a residual block."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+TAIL_ACTIVATIONS = (None, "relu")
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of statistics and gates: float64 for a float64 ``x``, float32 for every other."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def tail(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+    """``act(y + residual)`` in ``y``'s dtype: the end of a residual block."""
+    if residual is not None:
+        y = (y + residual).to(y.dtype)
+    return torch.relu(y) if activation == "relu" else y
+
+
+def like_parameters(t: Tensor, module: nn.Module) -> Tensor:
+    """``t`` in the dtype that ``module`` computes in (its first parameter's or floating buffer's)."""
+    for state in (*module.parameters(), *module.buffers()):
+        if state.is_floating_point():
+            return t.to(state.dtype)
+    return t
+
+
+def check_choice(name: str, value: object, choices) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_positive(name: str, value: int) -> None:
+    """Raise ValueError unless ``value`` is an integer of at least 1."""
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
+
+
+def check_input(x: Tensor, residual: Tensor | None, activation: str | None) -> None:
+    """Check the arguments that every attention module takes.
+
+    Raises:
+        TypeError: ``x`` or ``residual`` is no floating-point tensor of a supported dtype.
+        ValueError: ``x`` is not (N, C, H, W) with C, H, W >= 1, ``residual`` differs from it in shape or device,
+            or ``activation`` is unknown.
+    """
+    _check_float("x", x)
+    if x.dim() != 4:
+        raise ValueError(f"x: expected 4 dimensions (N, C, H, W), got shape {tuple(x.shape)}")
+    if 0 in x.shape[1:]:
+        raise ValueError(f"x: expected C, H and W of at least 1, got shape {tuple(x.shape)}")
+    if residual is not None:
+        _check_float("residual", residual)
+        if residual.shape != x.shape:
+            raise ValueError(f"residual: expected x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
+        check_device("residual", residual, x)
+    if activation not in TAIL_ACTIVATIONS:
+        check_choice("activation", activation, TAIL_ACTIVATIONS)
+
+
+def check_parameter(name: str, p: Tensor | None, shape: tuple[int, ...], x: Tensor, *, optional: bool = False) -> None:
+    """Raise TypeError or ValueError unless ``p`` is a float tensor of ``shape`` on ``x``'s device."""
+    if p is None and optional:
+        return
+    _check_float(name, p)
+    if p.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape} for x of shape {tuple(x.shape)}, got {tuple(p.shape)}")
+    check_device(name, p, x)
+
+
+def check_device(name: str, t: Tensor, x: Tensor) -> None:
+    """Raise ValueError unless ``t`` lies where ``x`` does."""
+    if t.device != x.device:
+        raise ValueError(f"{name}: expected device {x.device} like x, got {t.device}")
+
+
+def _check_float(name: str, t: Tensor) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
+    if t.dtype not in DTYPES:
+        expected = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise TypeError(f"{name}: expected dtype {expected}, got {str(t.dtype).removeprefix('torch.')}")
+
+
+def uses_batch_statistics(norm: nn.Module) -> bool:
+    """Whether a BatchNorm module normalises by the statistics of its input."""
+    return norm.training or norm.running_mean is None
+
+
+def check_batch_statistics(norm: object, x: Tensor, count: int) -> None:
+    """Raise ValueError where BatchNorm would find one value a channel, before any module counts the batch."""
+    if count == 1 and isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) and uses_batch_statistics(norm):
+        raise ValueError(
+            f"x: expected more than 1 value per channel for {type(norm).__name__} in training, "
+            f"got shape {tuple(x.shape)}"
+        )

@@ -1,0 +1,184 @@
+"""BAM (Park, Woo, Lee, Kweon: "BAM: Bottleneck Attention Module", BMVC 2018), as its authors' code computes it.
+
+The paper adds the two branches (equation 2); the published code, whose checkpoints people have, multiplies them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reference._common import (
+    accumulation_dtype,
+    check_batch_statistics,
+    check_device,
+    check_input,
+    check_parameter,
+    check_positive,
+    like_parameters,
+    tail,
+)
+
+
+def check_bam(x, gate_c, gate_s, *, residual=None, activation=None):
+    """Raise what :func:`bam` raises for these arguments."""
+    check_input(x, residual, activation)
+    n, c, h, w = x.shape
+    for name, gate, kind in (("gate_c", gate_c, nn.Linear), ("gate_s", gate_s, nn.Conv2d)):
+        if not isinstance(gate, nn.Sequential):
+            raise TypeError(f"{name}: expected an nn.Sequential, got {type(gate).__name__}")
+        layers = [layer for layer in gate if isinstance(layer, kind)]
+        if not layers:
+            raise ValueError(f"{name}: expected {kind.__name__} layers, got {gate}")
+        if (channels := layers[0].weight.shape[1]) != c:
+            raise ValueError(f"x: expected {channels} channels, as {name} takes, got shape {tuple(x.shape)}")
+        for layer in layers:
+            check_device(f"{name}'s {kind.__name__}", layer.weight, x)
+    if not isinstance(gate_s[0], nn.Conv2d):
+        raise ValueError(f"gate_s: expected the reducing 1x1 convolution first, got {gate_s[0]}")
+    check_parameter("gate_s[0].weight", gate_s[0].weight, (gate_s[0].out_channels, c, 1, 1), x)
+    for layer in gate_c:
+        check_batch_statistics(layer, x, n)
+    for layer in gate_s:
+        check_batch_statistics(layer, x, n * h * w)
+
+
+def channel_logits(mean: Tensor, gate_c: nn.Sequential) -> Tensor:
+    """(N, C) channel logits of the (N, C) channel means, in the dtype of the parameters."""
+    return gate_c(like_parameters(mean, gate_c))
+
+
+def spatial_logits(reduced: Tensor, gate_s: nn.Sequential) -> Tensor:
+    """(N, 1, H, W) spatial logits of the (N, h, H, W) reduced map, in the dtype of the parameters."""
+    return gate_s[1:](like_parameters(reduced, gate_s))
+
+
+def bam(
+    x: Tensor,
+    gate_c: nn.Sequential,
+    gate_s: nn.Sequential,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """Scale each element by one plus the sigmoid of a channel logit times a spatial logit.
+
+    ``act(x * (1 + sigmoid(gate_c(mean_hw(x)) * gate_s(x))) + residual)``
+
+    Args:
+        x: (N, C, H, W), float16, bfloat16, float32 or float64, contiguous or channels_last.
+        gate_c: Linear and BatchNorm1d layers, (N, C) to (N, C), in any float dtype.
+        gate_s: convolutions and BatchNorm2d layers, (N, C, H, W) to (N, 1, H, W), a reducing 1x1 convolution first.
+        residual: added after the gate; the shape of ``x``.
+        activation: None or "relu", applied last.
+
+    Returns:
+        (N, C, H, W) in ``x``'s dtype and memory format.
+
+    Raises:
+        TypeError, ValueError: an argument of another dtype, shape or device, or one value a channel for a training
+            BatchNorm.
+    """
+    check_bam(x, gate_c, gate_s, residual=residual, activation=activation)
+    reduce = gate_s[0]
+    reduced = F.conv2d(x, reduce.weight.to(x.dtype), None if reduce.bias is None else reduce.bias.to(x.dtype))
+    channel = channel_logits(x.mean((2, 3), dtype=accumulation_dtype(x)), gate_c)[:, :, None, None]
+    spatial = spatial_logits(reduced, gate_s)
+    attention = 1 + torch.sigmoid(channel.to(x.dtype) * spatial.to(x.dtype))
+    return tail(x * attention, residual, activation)
+
+
+class ChannelGate(nn.Module):
+    """BAM's channel branch, keys ``gate_c.gate_c_fc_0.*``, ``gate_c.gate_c_bn_1.*``, ``gate_c.gate_c_fc_final.*``.
+
+    Args:
+        gate_channel: C of the input.
+        reduction_ratio: the hidden layers have max(1, C // reduction_ratio) channels.
+        num_layers: number of hidden layers.
+    """
+
+    def __init__(self, gate_channel: int, reduction_ratio: int = 16, num_layers: int = 1):
+        super().__init__()
+        hidden = max(1, gate_channel // reduction_ratio)
+        widths = [gate_channel] + [hidden] * num_layers
+        self.gate_c = nn.Sequential()
+        self.gate_c.add_module("flatten", nn.Flatten())
+        for i in range(num_layers):
+            self.gate_c.add_module(f"gate_c_fc_{i}", nn.Linear(widths[i], widths[i + 1]))
+            self.gate_c.add_module(f"gate_c_bn_{i + 1}", nn.BatchNorm1d(widths[i + 1]))
+            self.gate_c.add_module(f"gate_c_relu_{i + 1}", nn.ReLU())
+        self.gate_c.add_module("gate_c_fc_final", nn.Linear(widths[-1], gate_channel))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to logits (N, C, H, W), expanded."""
+        mean = x.mean((2, 3), dtype=accumulation_dtype(x))
+        return channel_logits(mean, self.gate_c)[:, :, None, None].expand_as(x)
+
+
+class SpatialGate(nn.Module):
+    """BAM's spatial branch, keys ``gate_s.gate_s_{conv,bn}_{reduce0,di_0,di_1}.*``, ``gate_s.gate_s_conv_final.*``.
+
+    Args:
+        gate_channel: C of the input.
+        reduction_ratio: the inner maps have max(1, C // reduction_ratio) channels.
+        dilation_conv_num: number of dilated 3x3 convolutions.
+        dilation_val: their dilation.
+    """
+
+    def __init__(self, gate_channel: int, reduction_ratio: int = 16, dilation_conv_num: int = 2, dilation_val: int = 4):
+        super().__init__()
+        hidden = max(1, gate_channel // reduction_ratio)
+        self.gate_s = nn.Sequential()
+        self.gate_s.add_module("gate_s_conv_reduce0", nn.Conv2d(gate_channel, hidden, kernel_size=1))
+        self.gate_s.add_module("gate_s_bn_reduce0", nn.BatchNorm2d(hidden))
+        self.gate_s.add_module("gate_s_relu_reduce0", nn.ReLU())
+        for i in range(dilation_conv_num):
+            conv = nn.Conv2d(hidden, hidden, kernel_size=3, padding=dilation_val, dilation=dilation_val)
+            self.gate_s.add_module(f"gate_s_conv_di_{i}", conv)
+            self.gate_s.add_module(f"gate_s_bn_di_{i}", nn.BatchNorm2d(hidden))
+            self.gate_s.add_module(f"gate_s_relu_di_{i}", nn.ReLU())
+        self.gate_s.add_module("gate_s_conv_final", nn.Conv2d(hidden, 1, kernel_size=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to logits (N, C, H, W), expanded."""
+        return self.gate_s(x).expand_as(x)
+
+
+class BAM(nn.Module):
+    """Bottleneck Attention Module: keys ``channel_att.gate_c.*`` and ``spatial_att.gate_s.*``.
+
+    Args:
+        gate_channel: C of the input.
+        reduction_ratio: both branches work on max(1, C // reduction_ratio) channels.
+        num_layers: number of hidden layers of the channel branch.
+        dilation_conv_num, dilation_val: number and dilation of the spatial branch's 3x3 convolutions.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+
+    _function = staticmethod(bam)
+
+    def __init__(
+        self,
+        gate_channel: int,
+        reduction_ratio: int = 16,
+        num_layers: int = 1,
+        dilation_conv_num: int = 2,
+        dilation_val: int = 4,
+    ):
+        super().__init__()
+        check_positive("gate_channel", gate_channel)
+        check_positive("reduction_ratio", reduction_ratio)
+        check_positive("num_layers", num_layers)
+        check_positive("dilation_conv_num", dilation_conv_num)
+        check_positive("dilation_val", dilation_val)
+        self.channel_att = ChannelGate(gate_channel, reduction_ratio, num_layers)
+        self.spatial_att = SpatialGate(gate_channel, reduction_ratio, dilation_conv_num, dilation_val)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
+        """``act(attention(x) + residual)`` for ``x`` of shape (N, C, H, W)."""
+        return self._function(
+            x, self.channel_att.gate_c, self.spatial_att.gate_s, residual=residual, activation=activation
+        )
