@@ -1,0 +1,1 @@
+"""The fused operators, one file each: kernels, launchers, registration, autograd Function, public function."""

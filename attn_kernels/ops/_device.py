@@ -1,0 +1,199 @@
+"""Device functions that several operators share: programs, offsets, activations, the residual + ReLU tail.
+
+A tile is [BLOCK_C, BLOCK_P], channels by pixels of one sample, in both layouts: which axis has the unit stride is the
+constexpr CHANNELS_LAST. Offsets are 64 bits wide. A pointer may be None: the kernel is compiled without it.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_offsets(o_c, o_p, C, P, CHANNELS_LAST: tl.constexpr):
+    """Element offsets within a sample, [BLOCK_C, BLOCK_P]."""
+    o_c = o_c.to(tl.int64)
+    o_p = o_p.to(tl.int64)
+    if CHANNELS_LAST:
+        return o_p[None, :] * C + o_c[:, None]
+    else:
+        return o_c[:, None] * P + o_p[None, :]
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    # Comparisons are written so that NaN stays NaN.
+    if ACTIVATION == "relu":
+        y = tl.where(x <= 0, 0.0, x)
+    elif ACTIVATION == "silu":
+        y = x * tl.sigmoid(x)
+    elif ACTIVATION == "gelu":
+        y = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "leaky_relu":
+        y = tl.where(x > 0, x, 0.01 * x)
+    else:  # hardswish
+        y = x * hardsigmoid(x)
+    return y
+
+
+@triton.jit
+def activate_bwd(x, ACTIVATION: tl.constexpr):
+    """The derivative of the activation at x."""
+    if ACTIVATION == "relu":
+        d = tl.where(x <= 0, 0.0, 1.0)
+    elif ACTIVATION == "silu":
+        s = tl.sigmoid(x)
+        d = s * (1 + x * (1 - s))
+    elif ACTIVATION == "gelu":
+        d = 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    elif ACTIVATION == "leaky_relu":
+        d = tl.where(x > 0, 1.0, 0.01)
+    else:  # hardswish
+        d = tl.where(x <= -3, 0.0, tl.where(x >= 3, 1.0, x / 3 + 0.5))
+    return d.to(x.dtype)
+
+
+@triton.jit
+def hardsigmoid(x):
+    y = x + 3
+    y = tl.where(y <= 0, 0.0, y)
+    return tl.where(y >= 6, 6.0, y) / 6
+
+
+@triton.jit
+def gate_value(logit, GATE: tl.constexpr):
+    if GATE == "sigmoid":
+        return tl.sigmoid(logit)
+    else:
+        return hardsigmoid(logit)
+
+
+@triton.jit
+def gate_bwd(gate, GATE: tl.constexpr):
+    """The derivative of the gate, from its value."""
+    if GATE == "sigmoid":
+        return gate * (1 - gate)
+    else:
+        inside = (gate > 0) & (gate < 1)
+        return tl.where(inside, 1.0 / 6, 0.0).to(gate.dtype)
+
+
+@triton.jit
+def _mask_pointers(
+    mask_ptr, i_n, c, p, C, P, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
+):
+    """Pointers and validity of the bytes that hold a tile's bits, 8 elements along the unit stride in each."""
+    if CHANNELS_LAST:
+        o_row = p + tl.arange(0, BLOCK_P)
+        o_byte = c // 8 + tl.arange(0, BLOCK_C // 8)
+        bytes_a_row = (C + 7) // 8
+        pointers = mask_ptr + (i_n * P + o_row)[None, :] * bytes_a_row + o_byte[:, None]
+        return pointers, (o_row < P)[None, :] & (o_byte < bytes_a_row)[:, None]
+    else:
+        o_row = c + tl.arange(0, BLOCK_C)
+        o_byte = p // 8 + tl.arange(0, BLOCK_P // 8)
+        bytes_a_row = (P + 7) // 8
+        pointers = mask_ptr + (i_n * C + o_row)[:, None] * bytes_a_row + o_byte[None, :]
+        return pointers, (o_row < C)[:, None] & (o_byte < bytes_a_row)[None, :]
+
+
+@triton.jit
+def _store_mask(
+    mask_ptr, y, i_n, c, p, C, P, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
+):
+    bits = tl.where(y <= 0, 0, 1)
+    if CHANNELS_LAST:
+        bits = tl.reshape(bits, [BLOCK_C // 8, 8, BLOCK_P]) << tl.arange(0, 8)[None, :, None]
+        packed = tl.sum(bits, axis=1)
+    else:
+        bits = tl.reshape(bits, [BLOCK_C, BLOCK_P // 8, 8]) << tl.arange(0, 8)[None, None, :]
+        packed = tl.sum(bits, axis=2)
+    pointers, m = _mask_pointers(mask_ptr, i_n, c, p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+    tl.store(pointers, packed.to(tl.uint8), mask=m)
+
+
+@triton.jit
+def _load_mask(mask_ptr, i_n, c, p, C, P, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    pointers, m = _mask_pointers(mask_ptr, i_n, c, p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+    packed = tl.load(pointers, mask=m, other=0).to(tl.int32)
+    if CHANNELS_LAST:
+        bits = packed[:, None, :] >> tl.arange(0, 8)[None, :, None]
+    else:
+        bits = packed[:, :, None] >> tl.arange(0, 8)[None, None, :]
+    return tl.reshape(bits & 1, [BLOCK_C, BLOCK_P])
+
+
+@triton.jit
+def store_tail(
+    y,
+    y_ptr,
+    residual_ptr,
+    mask_ptr,
+    i_n,
+    c,
+    p,
+    C,
+    P,
+    RELU: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Store ``act(y + residual)`` for the tile at channel c, pixel p of sample i_n; a bit an element for backward."""
+    o_c = c + tl.arange(0, BLOCK_C)
+    o_p = p + tl.arange(0, BLOCK_P)
+    m = (o_c < C)[:, None] & (o_p < P)[None, :]
+    offsets = i_n * C * P + tile_offsets(o_c, o_p, C, P, CHANNELS_LAST)
+    if residual_ptr is not None:
+        y += tl.load(residual_ptr + offsets, mask=m, other=0).to(y.dtype)
+    if RELU:
+        if mask_ptr is not None:
+            _store_mask(mask_ptr, y, i_n, c, p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+        y = tl.where(y <= 0, 0.0, y)
+    tl.store(y_ptr + offsets, y, mask=m)
+
+
+@triton.jit
+def load_tail_grad(
+    dy_ptr,
+    mask_ptr,
+    dresidual_ptr,
+    i_n,
+    c,
+    p,
+    C,
+    P,
+    ACC: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """dy of a tile behind the ReLU, which is also the residual's gradient and is stored as such where it is wanted."""
+    o_c = c + tl.arange(0, BLOCK_C)
+    o_p = p + tl.arange(0, BLOCK_P)
+    m = (o_c < C)[:, None] & (o_p < P)[None, :]
+    offsets = i_n * C * P + tile_offsets(o_c, o_p, C, P, CHANNELS_LAST)
+    dy = tl.load(dy_ptr + offsets, mask=m, other=0).to(ACC)
+    if mask_ptr is not None:
+        dy = tl.where(_load_mask(mask_ptr, i_n, c, p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P) != 0, dy, 0.0)
+        if dresidual_ptr is not None:
+            tl.store(dresidual_ptr + offsets, dy, mask=m)
+    return dy
+
+
+@triton.jit
+def load_tile(
+    x_ptr, i_n, c, p, C, P, ACC: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
+):
+    """x of the tile at channel c, pixel p of sample i_n; 0 outside."""
+    o_c = c + tl.arange(0, BLOCK_C)
+    o_p = p + tl.arange(0, BLOCK_P)
+    m = (o_c < C)[:, None] & (o_p < P)[None, :]
+    return tl.load(x_ptr + i_n * C * P + tile_offsets(o_c, o_p, C, P, CHANNELS_LAST), mask=m, other=0).to(ACC)
+
+
+@triton.jit
+def store_tile(x, x_ptr, i_n, c, p, C, P, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    o_c = c + tl.arange(0, BLOCK_C)
+    o_p = p + tl.arange(0, BLOCK_P)
+    m = (o_c < C)[:, None] & (o_p < P)[None, :]
+    tl.store(x_ptr + i_n * C * P + tile_offsets(o_c, o_p, C, P, CHANNELS_LAST), x, mask=m)

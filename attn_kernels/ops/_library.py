@@ -1,0 +1,100 @@
+"""The operator library ``torch.ops.attn_kernels`` and what every autograd Function above it needs.
+
+Host time per call decides small maps (microseconds added on a CPU build, without / with grad): an operator of
+``Library.define/impl`` called through its bound ``.default`` 1.4 / 2.2, ``torch.library.custom_op`` 10 / 20,
+``triton_op`` 12 / 20. Hence this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("attn_kernels", "DEF")
+
+
+def register(schema: str, implementation: Callable, fake: Callable) -> Callable:
+    """Define the operator ``attn_kernels::schema``; return it bound. Its first argument is a tensor where it runs."""
+    name = schema.partition("(")[0]
+    _library.define(schema)
+
+    def on_device(x: Tensor, *args):
+        if x.device.index == torch.cuda.current_device():
+            return implementation(x, *args)
+        with torch.cuda.device(x.device):  # Triton launches on the current device
+            return implementation(x, *args)
+
+    _library.impl(name, on_device, "CUDA")
+    _library.impl(name, implementation, "CPU")  # under the interpreter
+    torch.library.register_fake(f"attn_kernels::{name}", fake, lib=_library)
+    return getattr(torch.ops.attn_kernels, name).default
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to record an operator on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the channel has the unit stride: a dense NHWC tensor that is not also a dense NCHW one."""
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def dense(x: Tensor) -> Tensor:
+    """``x`` itself where it is dense in one of the two layouts, else a copy in the nearer of the two."""
+    if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    return x.contiguous(memory_format=torch.channels_last if x.stride(1) == 1 else torch.contiguous_format)
+
+
+def like(t: Tensor, x: Tensor) -> Tensor:
+    """``t`` in ``x``'s dtype and layout; itself where it already is (a gradient may come expanded or transposed)."""
+    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    return t.to(x.dtype).contiguous(memory_format=layout)
+
+
+def mask_shape(x: Tensor) -> tuple[int, int]:
+    """Rows along the unit stride and bytes a row: one bit an element, each row padded to whole bytes."""
+    n, c, h, w = x.shape
+    return (n * h * w, (c + 7) // 8) if is_channels_last(x) else (n * c, (h * w + 7) // 8)
+
+
+def empty_mask(x: Tensor, needed: bool) -> Tensor:
+    """The bits that a ReLU leaves for backward; empty where none are needed."""
+    return x.new_empty(mask_shape(x) if needed else (0, 0), dtype=torch.uint8)
+
+
+def unmask(dy: Tensor, mask: Tensor, x: Tensor) -> Tensor:
+    """``dy`` where the mask's bits are set, else 0; differentiable."""
+    n, c, h, w = x.shape
+    bits = mask[:, :, None] >> torch.arange(8, device=mask.device, dtype=torch.uint8) & 1
+    if is_channels_last(x):
+        kept = bits.flatten(1)[:, :c].reshape(n, h, w, c).permute(0, 3, 1, 2)
+    else:
+        kept = bits.flatten(1)[:, : h * w].reshape(n, c, h, w)
+    return dy * kept.to(dy.dtype)
+
+
+def reference_gradients(
+    function: Callable[..., Tensor | Sequence[Tensor]],
+    inputs: Sequence[Tensor | None],
+    gradients: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Differentiate ``function``, the reference formula, where the gradient itself will be differentiated.
+
+    Each input enters through a view of its own, so that an input that depends on another does not count twice.
+    """
+    with torch.enable_grad():
+        inputs = [t if t is None else t.view_as(t) for t in inputs]
+        outputs = function(*inputs)
+        outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        wanted = [t for t in inputs if t is not None and t.requires_grad]
+        pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None]
+        found = iter(
+            torch.autograd.grad(
+                [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
+            )
+        )
+        return [None if t is None or not t.requires_grad else next(found) for t in inputs]

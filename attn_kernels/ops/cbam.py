@@ -1,0 +1,738 @@
+"""CBAM: ``y = act(u * sigmoid(BN(conv([max_c u, mean_c u]))) + residual)`` with u = x * channel gate; or u = x alone.
+
+Woo et al., ECCV 2018, equations 1 to 3. N = bytes of x; maps of one value a pixel are small beside it.
+
+Forward, 5 launches, 4N (+ N residual): the channel gate's squeeze reads x; its excitation; the channel pool reads x;
+the convolution and the batch's statistics on maps; the scale reads x and writes y. u itself is never written.
+Backward, 6 launches, 6N (+ N dresidual): the spatial gate's gradient reads dy and x; the convolution's backward, 2, on
+maps; the channel gate's gradient reads dy and x; dx reads dy and writes dx; the weights' gradients.
+Without the channel gate 3 launches, 3N and 4 launches, 4N.
+Saved: x, O(N * C) of the channel gate, and maps: the two pools, the argmax and the convolution's output; with ReLU one
+bit an element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+from attn_kernels.ops import _channel
+from attn_kernels.ops import _config as config
+from attn_kernels.ops._device import load_tail_grad, load_tile, store_tail
+from attn_kernels.ops._library import (
+    empty_mask,
+    is_channels_last,
+    like,
+    needs_grad,
+    reference_gradients,
+    register,
+    unmask,
+)
+from reference._common import uses_batch_statistics
+from reference.cbam import channel_gate, spatial_gate
+
+# Programs of the convolution at most: each leaves partial statistics that every program of the next kernel adds up.
+CONV_PROGRAMS = 256
+
+
+@triton.jit
+def channel_pool_kernel(
+    x_ptr,  # (N, C, P)
+    gate_ptr,  # (N, C) or None
+    maps_ptr,  # (N, 2, P), written: maximum, mean
+    argmax_ptr,  # (N, P), written
+    C,
+    P,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Maximum, its lowest channel, and mean over the channels of x * gate, of BLOCK_P pixels. Reads x."""
+    ACC: tl.constexpr = maps_ptr.dtype.element_ty
+    blocks = tl.cdiv(P, BLOCK_P)
+    i_n = (tl.program_id(0) // blocks).to(tl.int64)
+    p = tl.program_id(0) % blocks * BLOCK_P
+    o_p = p + tl.arange(0, BLOCK_P)
+    m_p = o_p < P
+    b_sum = tl.zeros([BLOCK_C, BLOCK_P], ACC)
+    b_max = tl.full([BLOCK_C, BLOCK_P], float("-inf"), ACC)
+    b_arg = tl.zeros([BLOCK_C, BLOCK_P], tl.int32) + tl.arange(0, BLOCK_C)[:, None]
+    for c in range(0, C, BLOCK_C):
+        o_c = c + tl.arange(0, BLOCK_C)
+        b_u = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+        if gate_ptr is not None:
+            b_u *= tl.load(gate_ptr + i_n * C + o_c, mask=o_c < C, other=0)[:, None]
+        b_sum += b_u
+        b_u = tl.where((o_c < C)[:, None], b_u, float("-inf"))
+        b_max, b_arg = _channel.running_max(b_max, b_arg, b_u, o_c[:, None])
+    b_top, b_first = _channel.first_max(b_max, b_arg, 0)
+    p_map = maps_ptr + i_n * 2 * P + o_p
+    tl.store(p_map, b_top, mask=m_p)
+    tl.store(p_map + P, tl.sum(b_sum, axis=0) / C, mask=m_p)
+    tl.store(argmax_ptr + i_n * P + o_p, b_first, mask=m_p)
+
+
+@triton.jit
+def _tap(q, m_q, W, H, SIGN: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr):
+    """Sample, pixel and validity, [TAPS, BLOCK], of each tap of the convolution at the flat pixels q of (N, H, W)."""
+    t = tl.arange(0, TAPS)
+    n = q // (H * W)
+    p = q % (H * W)
+    h = (p // W)[None, :] + SIGN * (t // KERNEL - KERNEL // 2)[:, None]
+    w = (p % W)[None, :] + SIGN * (t % KERNEL - KERNEL // 2)[:, None]
+    m = m_q[None, :] & (t < KERNEL * KERNEL)[:, None] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+    return n[None, :], h * W + w, m
+
+
+@triton.jit
+def conv_fwd_kernel(
+    maps_ptr,  # (N, 2, P)
+    weight_ptr,  # (2, KERNEL, KERNEL)
+    z_ptr,  # (N, P), written
+    part_ptr,  # (programs, 3), written: count, mean and sum of squared deviations of the pixels of a program
+    COUNT,
+    H,
+    W,
+    KERNEL: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The convolution of two maps to one and, in the same pass, its statistics (Chan et al., 1983)."""
+    ACC: tl.constexpr = z_ptr.dtype.element_ty
+    pid = tl.program_id(0)
+    o_t = tl.arange(0, TAPS)
+    m_t = o_t < KERNEL * KERNEL
+    b_wmax = tl.load(weight_ptr + o_t, mask=m_t, other=0).to(ACC)
+    b_wmean = tl.load(weight_ptr + KERNEL * KERNEL + o_t, mask=m_t, other=0).to(ACC)
+    # The running statistics are kept as one-element tensors, so that they are the same type from the first pass on.
+    seen = tl.zeros([1], ACC)
+    mean = tl.zeros([1], ACC)
+    m2 = tl.zeros([1], ACC)
+    for start in range(pid * BLOCK, COUNT, tl.num_programs(0) * BLOCK):
+        q = start + tl.arange(0, BLOCK).to(tl.int64)
+        m_q = q < COUNT
+        n, p, m = _tap(q, m_q, W, H, 1, KERNEL, TAPS)
+        p_map = maps_ptr + n * (2 * H * W) + p
+        b_z = tl.load(p_map, mask=m, other=0) * b_wmax[:, None]
+        b_z += tl.load(p_map + H * W, mask=m, other=0) * b_wmean[:, None]
+        b_z = tl.sum(b_z, axis=0)
+        tl.store(z_ptr + q, b_z, mask=m_q)
+        count = tl.minimum(COUNT - start, BLOCK).to(ACC)
+        tile_mean = tl.sum(b_z, axis=0) / count
+        b_t = tl.where(m_q, b_z - tile_mean, 0.0)
+        delta = tile_mean - mean
+        m2 += tl.sum(b_t * b_t, axis=0) + delta * delta * (seen * count / (seen + count))
+        mean += delta * (count / (seen + count))
+        seen += count
+    o_one = tl.arange(0, 1)
+    tl.store(part_ptr + pid * 3 + o_one, seen)
+    tl.store(part_ptr + pid * 3 + 1 + o_one, mean)
+    tl.store(part_ptr + pid * 3 + 2 + o_one, m2)
+
+
+@triton.jit
+def _spatial_gate(b_z, mean, invstd, weight_ptr, bias_ptr):
+    """z normalised, and its gate."""
+    b_normal = (b_z - mean) * invstd
+    b_logit = b_normal
+    if weight_ptr is not None:
+        b_logit = b_logit * tl.load(weight_ptr).to(b_z.dtype)
+    if bias_ptr is not None:
+        b_logit = b_logit + tl.load(bias_ptr).to(b_z.dtype)
+    return b_normal, tl.sigmoid(b_logit)
+
+
+@triton.jit
+def scale_kernel(
+    x_ptr,  # (N, C, P)
+    residual_ptr,  # (N, C, P) or None
+    y_ptr,  # (N, C, P), written
+    mask_ptr,  # bits of the ReLU, written, or None
+    gate_ptr,  # (N, C) or None
+    z_ptr,  # (N, P)
+    part_ptr,  # (programs, 3)
+    statistics_ptr,  # (2,), written: mean and 1 / standard deviation that BatchNorm uses
+    weight_ptr,  # (1,) or None
+    bias_ptr,  # (1,) or None
+    running_mean_ptr,  # (1,), updated if UPDATE, or None
+    running_var_ptr,  # (1,), updated if UPDATE, or None
+    batches_ptr,  # (), int64, updated if UPDATE, or None
+    programs,
+    COUNT,
+    momentum,
+    momentum_rest,  # a float argument is fp32: what is left of a double's digits
+    C,
+    P,
+    EPS: tl.constexpr,
+    BATCH_STATISTICS: tl.constexpr,
+    UPDATE: tl.constexpr,
+    CUMULATIVE: tl.constexpr,
+    PARTS: tl.constexpr,
+    RELU: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """y = act(x * channel gate * spatial gate + residual) for BLOCK_P pixels. Reads x (and residual), writes y."""
+    ACC: tl.constexpr = z_ptr.dtype.element_ty
+    pid = tl.program_id(0)
+    if BATCH_STATISTICS:
+        o_part = tl.arange(0, PARTS)
+        m_part = o_part < programs
+        b_count = tl.load(part_ptr + o_part * 3, mask=m_part, other=0)
+        b_mean = tl.load(part_ptr + o_part * 3 + 1, mask=m_part, other=0)
+        b_m2 = tl.load(part_ptr + o_part * 3 + 2, mask=m_part, other=0)
+        mean = tl.sum(b_count * b_mean, axis=0) / COUNT
+        m2 = tl.sum(b_m2 + b_count * (b_mean - mean) * (b_mean - mean), axis=0)
+        variance = m2 / COUNT
+    else:
+        mean = tl.load(running_mean_ptr).to(ACC)
+        variance = tl.load(running_var_ptr).to(ACC)
+    invstd = 1 / tl.sqrt(variance + EPS)
+    if pid == 0:
+        tl.store(statistics_ptr, mean)
+        tl.store(statistics_ptr + 1, invstd)
+        if UPDATE:
+            factor = tl.cast(momentum, ACC) + tl.cast(momentum_rest, ACC)
+            if batches_ptr is not None:
+                batches = tl.load(batches_ptr) + 1
+                tl.store(batches_ptr, batches)
+                if CUMULATIVE:
+                    factor = 1 / batches.to(ACC)
+            old_mean = tl.load(running_mean_ptr).to(ACC)
+            old_var = tl.load(running_var_ptr).to(ACC)
+            tl.store(running_mean_ptr, (1 - factor) * old_mean + factor * mean)
+            tl.store(running_var_ptr, (1 - factor) * old_var + factor * (variance * COUNT / (COUNT - 1)))
+
+    blocks = tl.cdiv(P, BLOCK_P)
+    i_n = (pid // blocks).to(tl.int64)
+    p = pid % blocks * BLOCK_P
+    o_p = p + tl.arange(0, BLOCK_P)
+    b_z = tl.load(z_ptr + i_n * P + o_p, mask=o_p < P, other=0)
+    _, b_spatial = _spatial_gate(b_z, mean, invstd, weight_ptr, bias_ptr)
+    for c in range(0, C, BLOCK_C):
+        o_c = c + tl.arange(0, BLOCK_C)
+        b_y = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+        if gate_ptr is not None:
+            b_y *= tl.load(gate_ptr + i_n * C + o_c, mask=o_c < C, other=0)[:, None]
+        b_y *= b_spatial[None, :]
+        store_tail(b_y, y_ptr, residual_ptr, mask_ptr, i_n, c, p, C, P, RELU, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+
+
+@triton.jit
+def dspatial_kernel(
+    dy_ptr,  # (N, C, P)
+    mask_ptr,  # bits of the ReLU, or None
+    x_ptr,  # (N, C, P)
+    gate_ptr,  # (N, C) or None
+    z_ptr,  # (N, P)
+    statistics_ptr,  # (2,)
+    weight_ptr,  # (1,) or None
+    bias_ptr,  # (1,) or None
+    spatial_ptr,  # (N, 3, P), its first map written: the spatial gate
+    dlogit_ptr,  # (N, P), written
+    part_ptr,  # (programs, 2), written: sums of dlogit and of dlogit * normalised z
+    C,
+    P,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """dlogit[p] = gate' * sum_c dy * u of BLOCK_P pixels, and its sums for BatchNorm. Reads dy and x."""
+    ACC: tl.constexpr = z_ptr.dtype.element_ty
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(P, BLOCK_P)
+    i_n = (pid // blocks).to(tl.int64)
+    p = pid % blocks * BLOCK_P
+    o_p = p + tl.arange(0, BLOCK_P)
+    m_p = o_p < P
+    b_sum = tl.zeros([BLOCK_C, BLOCK_P], ACC)
+    for c in range(0, C, BLOCK_C):
+        o_c = c + tl.arange(0, BLOCK_C)
+        b_dy = load_tail_grad(dy_ptr, mask_ptr, None, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+        b_dy *= load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+        if gate_ptr is not None:
+            b_dy *= tl.load(gate_ptr + i_n * C + o_c, mask=o_c < C, other=0)[:, None]
+        b_sum += b_dy
+    b_z = tl.load(z_ptr + i_n * P + o_p, mask=m_p, other=0)
+    mean = tl.load(statistics_ptr)
+    invstd = tl.load(statistics_ptr + 1)
+    b_normal, b_gate = _spatial_gate(b_z, mean, invstd, weight_ptr, bias_ptr)
+    b_dlogit = tl.where(m_p, tl.sum(b_sum, axis=0) * b_gate * (1 - b_gate), 0.0)
+    tl.store(spatial_ptr + i_n * 3 * P + o_p, b_gate, mask=m_p)
+    tl.store(dlogit_ptr + i_n * P + o_p, b_dlogit, mask=m_p)
+    tl.store(part_ptr + pid * 2, tl.sum(b_dlogit, axis=0))
+    tl.store(part_ptr + pid * 2 + 1, tl.sum(b_dlogit * b_normal, axis=0))
+
+
+@triton.jit
+def conv_bwd_kernel(
+    maps_ptr,  # (N, 2, P)
+    z_ptr,  # (N, P)
+    statistics_ptr,  # (2,)
+    dlogit_ptr,  # (N, P)
+    part_ptr,  # (programs, 2) of dspatial_kernel
+    conv_weight_ptr,  # (2, KERNEL, KERNEL)
+    weight_ptr,  # (1,) or None
+    spatial_ptr,  # (N, 3, P), its last two maps written: gradients of the maximum and of each channel by the mean
+    dconv_ptr,  # (programs, 2, KERNEL, KERNEL), written
+    dweight_ptr,  # (1,), written
+    dbias_ptr,  # (1,), written
+    programs,
+    COUNT,
+    C,
+    H,
+    W,
+    BATCH_STATISTICS: tl.constexpr,
+    KERNEL: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Backward of BatchNorm and of the convolution, on maps."""
+    ACC: tl.constexpr = z_ptr.dtype.element_ty
+    pid = tl.program_id(0)
+    b_sum = tl.zeros([1024], ACC)
+    b_dot = tl.zeros([1024], ACC)
+    for i in range(0, programs, 1024):
+        o_part = i + tl.arange(0, 1024)
+        b_sum += tl.load(part_ptr + o_part * 2, mask=o_part < programs, other=0)
+        b_dot += tl.load(part_ptr + o_part * 2 + 1, mask=o_part < programs, other=0)
+    dbias = tl.sum(b_sum, axis=0)
+    dweight = tl.sum(b_dot, axis=0)
+    if pid == 0:
+        tl.store(dweight_ptr, dweight)
+        tl.store(dbias_ptr, dbias)
+    mean = tl.load(statistics_ptr)
+    invstd = tl.load(statistics_ptr + 1)
+    scale = invstd
+    if weight_ptr is not None:
+        scale = scale * tl.load(weight_ptr).to(ACC)
+
+    o_t = tl.arange(0, TAPS)
+    m_t = o_t < KERNEL * KERNEL
+    b_wmax = tl.load(conv_weight_ptr + o_t, mask=m_t, other=0).to(ACC)
+    b_wmean = tl.load(conv_weight_ptr + KERNEL * KERNEL + o_t, mask=m_t, other=0).to(ACC)
+    b_dwmax = tl.zeros([TAPS, BLOCK], ACC)
+    b_dwmean = tl.zeros([TAPS, BLOCK], ACC)
+    for start in range(pid * BLOCK, COUNT, tl.num_programs(0) * BLOCK):
+        q = start + tl.arange(0, BLOCK).to(tl.int64)
+        m_q = q < COUNT
+        # The output pixels that each input pixel reaches.
+        n, p, m = _tap(q, m_q, W, H, -1, KERNEL, TAPS)
+        b_dz = tl.load(dlogit_ptr + n * (H * W) + p, mask=m, other=0)
+        if BATCH_STATISTICS:
+            b_normal = (tl.load(z_ptr + n * (H * W) + p, mask=m, other=0) - mean) * invstd
+            b_dz = tl.where(m, b_dz - (dbias + b_normal * dweight) / COUNT, 0.0)
+        b_dz *= scale
+        p_out = spatial_ptr + q // (H * W) * (3 * H * W) + q % (H * W)
+        tl.store(p_out + H * W, tl.sum(b_dz * b_wmax[:, None], axis=0), mask=m_q)
+        tl.store(p_out + 2 * H * W, tl.sum(b_dz * b_wmean[:, None], axis=0) / C, mask=m_q)
+        # The input pixels that each output pixel saw.
+        n, p, m = _tap(q, m_q, W, H, 1, KERNEL, TAPS)
+        b_dz = tl.load(dlogit_ptr + q, mask=m_q, other=0)
+        if BATCH_STATISTICS:
+            b_normal = (tl.load(z_ptr + q, mask=m_q, other=0) - mean) * invstd
+            b_dz = tl.where(m_q, b_dz - (dbias + b_normal * dweight) / COUNT, 0.0)
+        b_dz *= scale
+        p_map = maps_ptr + n * (2 * H * W) + p
+        b_dwmax += tl.load(p_map, mask=m, other=0) * b_dz[None, :]
+        b_dwmean += tl.load(p_map + H * W, mask=m, other=0) * b_dz[None, :]
+    p_dconv = dconv_ptr + pid * 2 * KERNEL * KERNEL + o_t
+    tl.store(p_dconv, tl.sum(b_dwmax, axis=1), mask=m_t)
+    tl.store(p_dconv + KERNEL * KERNEL, tl.sum(b_dwmean, axis=1), mask=m_t)
+
+
+def _pixel_tile(x: Tensor) -> config.Tile:
+    n, c, h, w = x.shape
+    return config.pixel_tile(n, c, h * w, x.element_size(), is_channels_last(x), _channel.multiprocessors(x))
+
+
+def _conv_tile(x: Tensor, kernel: int) -> tuple[int, int, int]:
+    """Padded taps, pixels a tile, and programs of the convolution."""
+    taps = config.next_power_of_2(kernel * kernel)
+    block = max(config.TILE // taps, 1)
+    return taps, block, min(config.cdiv(x.shape[0] * x.shape[2] * x.shape[3], block), CONV_PROGRAMS)
+
+
+def _forward(
+    x: Tensor,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor | None,
+    b2: Tensor | None,
+    conv_weight: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    batches: Tensor | None,
+    residual: Tensor | None,
+    pools: int,
+    batch_statistics: bool,
+    update: bool,
+    momentum: float | None,
+    eps: float,
+    relu: bool,
+    save: bool,
+) -> tuple[Tensor, ...]:
+    n, c, h, w = x.shape
+    channels_last = is_channels_last(x)
+    maps = x.new_empty((n, 2, h, w), dtype=_channel.accumulator(x))
+    if w1 is None:
+        pool = argmax = pre = gate = None
+    else:
+        pool, argmax, part = _channel.squeeze(x, w1, pools)
+        pre, gate = _channel.launch_excite(x, part, b1, w2, b2)
+    tile = _pixel_tile(x)
+    grid = (n * config.cdiv(h * w, tile.block_p),)
+    spatial_argmax = x.new_empty((n, h, w), dtype=torch.int32)
+    channel_pool_kernel[grid](
+        x,
+        gate,
+        maps,
+        spatial_argmax,
+        c,
+        h * w,
+        CHANNELS_LAST=channels_last,
+        BLOCK_C=tile.block_c,
+        BLOCK_P=tile.block_p,
+        num_warps=tile.num_warps,
+    )
+    kernel = conv_weight.shape[-1]
+    taps, block, programs = _conv_tile(x, kernel)
+    z, parts, statistics = maps.new_empty((n, h, w)), maps.new_empty((programs, 3)), maps.new_empty(2)
+    conv_fwd_kernel[(programs,)](
+        maps, conv_weight, z, parts, n * h * w, h, w, KERNEL=kernel, TAPS=taps, BLOCK=block, num_warps=8
+    )
+    y, mask = torch.empty_like(x), empty_mask(x, relu and save)
+    momentum_high = 0.0 if momentum is None else _float32(momentum)
+    scale_kernel[grid](
+        x,
+        residual,
+        y,
+        mask if relu and save else None,
+        gate,
+        z,
+        parts,
+        statistics,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        batches,
+        programs,
+        n * h * w,
+        momentum_high,
+        0.0 if momentum is None else momentum - momentum_high,
+        c,
+        h * w,
+        EPS=eps,
+        BATCH_STATISTICS=batch_statistics,
+        UPDATE=update,
+        CUMULATIVE=momentum is None,
+        PARTS=config.next_power_of_2(programs),
+        RELU=relu,
+        CHANNELS_LAST=channels_last,
+        BLOCK_C=tile.block_c,
+        BLOCK_P=tile.block_p,
+        num_warps=tile.num_warps,
+    )
+    if update:
+        buffers = [t for t in (running_mean, running_var, batches) if t is not None]
+        torch.autograd.graph.increment_version(buffers)
+    none = maps.new_empty(0)
+    channel = (none, none, none, none) if gate is None else (pool, argmax, pre, gate)
+    return y, *channel, maps, spatial_argmax, z, statistics, mask
+
+
+def _float32(value: float) -> float:
+    return torch.tensor(value, dtype=torch.float32).item()
+
+
+def _forward_fake(
+    x,
+    w1,
+    b1,
+    w2,
+    b2,
+    conv_weight,
+    weight,
+    bias,
+    running_mean,
+    running_var,
+    batches,
+    residual,
+    pools,
+    batch_statistics,
+    update,
+    momentum,
+    eps,
+    relu,
+    save,
+):
+    n, _, h, w = x.shape
+    maps = x.new_empty((n, 2, h, w), dtype=_channel.accumulator(x))
+    if w1 is None:
+        channel = tuple(maps.new_empty(0) for _ in range(4))
+    else:
+        channel = _channel.empty_saved(x, w1, pools)
+    spatial_argmax = x.new_empty((n, h, w), dtype=torch.int32)
+    z, statistics = maps.new_empty((n, h, w)), maps.new_empty(2)
+    return torch.empty_like(x), *channel, maps, spatial_argmax, z, statistics, empty_mask(x, relu and save)
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    w1: Tensor | None,
+    w2: Tensor | None,
+    conv_weight: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    pool: Tensor,
+    argmax: Tensor,
+    pre: Tensor,
+    gate: Tensor,
+    maps: Tensor,
+    spatial_argmax: Tensor,
+    z: Tensor,
+    statistics: Tensor,
+    mask: Tensor,
+    pools: int,
+    batch_statistics: bool,
+    relu: bool,
+    need_dresidual: bool,
+) -> tuple[Tensor, ...]:
+    n, c, h, w = x.shape
+    dy, mask = like(dy, x), mask if relu else None
+    tile = _pixel_tile(x)
+    pixel_programs = n * config.cdiv(h * w, tile.block_p)
+    spatial, dlogit = z.new_empty((n, 3, h, w)), torch.empty_like(z)
+    parts = z.new_empty((pixel_programs, 2))
+    dspatial_kernel[(pixel_programs,)](
+        dy,
+        mask,
+        x,
+        None if w1 is None else gate,
+        z,
+        statistics,
+        weight,
+        bias,
+        spatial,
+        dlogit,
+        parts,
+        c,
+        h * w,
+        CHANNELS_LAST=is_channels_last(x),
+        BLOCK_C=tile.block_c,
+        BLOCK_P=tile.block_p,
+        num_warps=tile.num_warps,
+    )
+    kernel = conv_weight.shape[-1]
+    taps, block, programs = _conv_tile(x, kernel)
+    dconv = z.new_empty((programs, *conv_weight.shape))
+    dweight, dbias = z.new_empty(1), z.new_empty(1)
+    conv_bwd_kernel[(programs,)](
+        maps,
+        z,
+        statistics,
+        dlogit,
+        parts,
+        conv_weight,
+        weight,
+        spatial,
+        dconv,
+        dweight,
+        dbias,
+        pixel_programs,
+        n * h * w,
+        c,
+        h,
+        w,
+        BATCH_STATISTICS=batch_statistics,
+        KERNEL=kernel,
+        TAPS=taps,
+        BLOCK=block,
+        num_warps=8,
+    )
+    if w1 is None:
+        dx, dresidual = _channel.launch_dx(dy, mask, x, spatial, spatial_argmax, need_dresidual)
+        channel = [x.new_empty(0) for _ in range(4)]
+    else:
+        dx, dresidual, *channel = _channel.backward(
+            dy,
+            mask,
+            x,
+            spatial,
+            spatial_argmax,
+            w1,
+            w2,
+            pool,
+            argmax,
+            pre,
+            gate,
+            pools,
+            "relu",
+            "sigmoid",
+            need_dresidual,
+        )
+    dresidual = x.new_empty(0) if dresidual is None else dresidual
+    return dx, dresidual, *channel, dconv.sum(0), dweight, dbias
+
+
+def _backward_fake(
+    dy,
+    x,
+    w1,
+    w2,
+    conv_weight,
+    weight,
+    bias,
+    pool,
+    argmax,
+    pre,
+    gate,
+    maps,
+    spatial_argmax,
+    z,
+    statistics,
+    mask,
+    pools,
+    batch_statistics,
+    relu,
+    need_dresidual,
+):
+    if w1 is None:
+        channel = [x.new_empty(0) for _ in range(4)]
+    else:
+        channel = _channel.empty_dweights(w1, w2)
+    dresidual = torch.empty_like(x) if need_dresidual else x.new_empty(0)
+    dconv = z.new_empty(conv_weight.shape)
+    return torch.empty_like(x), dresidual, *channel, dconv, z.new_empty(1), z.new_empty(1)
+
+
+forward_op = register(
+    "cbam(Tensor x, Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor conv_weight, Tensor? weight, Tensor? bias, "
+    "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? batches, Tensor? residual, int pools, "
+    "bool batch_statistics, bool update, float? momentum, float eps, bool relu, bool save) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+backward_op = register(
+    "cbam_backward(Tensor dy, Tensor x, Tensor? w1, Tensor? w2, Tensor conv_weight, Tensor? weight, Tensor? bias, "
+    "Tensor pool, Tensor argmax, Tensor pre, Tensor gate, Tensor maps, Tensor spatial_argmax, Tensor z, "
+    "Tensor statistics, Tensor mask, int pools, bool batch_statistics, bool relu, bool need_dresidual) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class _CBAM(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, x, w1, b1, w2, b2, conv_weight, weight, bias, residual, running_mean, running_var, batches,
+        pool_types, batch_statistics, update, momentum, eps, relu,
+    ):  # fmt: skip
+        parameters = w1, b1, w2, b2, conv_weight, weight, bias
+        y, *saved = forward_op(
+            x, *parameters, running_mean, running_var, batches, residual,
+            _channel.pool_bits(pool_types), batch_statistics, update, momentum, eps, relu, True,
+        )  # fmt: skip
+        ctx.save_for_backward(x, *parameters, *saved)
+        ctx.pool_types, ctx.batch_statistics, ctx.eps, ctx.relu = pool_types, batch_statistics, eps, relu
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w1, b1, w2, b2, conv_weight, weight, bias, *saved = ctx.saved_tensors
+        no_options = (None,) * 9
+        if torch.is_grad_enabled():
+            dy = unmask(dy, saved[-1], x) if ctx.relu else dy
+            formula = _formula(ctx.pool_types, ctx.batch_statistics, ctx.eps, saved[-2])
+            inputs = (x, w1, b1, w2, b2, conv_weight, weight, bias)
+            return *reference_gradients(formula, inputs, (dy,)), dy, *no_options
+        need_dresidual = ctx.needs_input_grad[8]
+        dx, dresidual, dw1, db1, dw2, db2, dconv, dweight, dbias = backward_op(
+            dy, x, w1, w2, conv_weight, weight, bias, *saved,
+            _channel.pool_bits(ctx.pool_types), ctx.batch_statistics, ctx.relu, ctx.relu and need_dresidual,
+        )  # fmt: skip
+        return (
+            dx,
+            None if w1 is None else dw1,
+            None if b1 is None else db1,
+            None if w2 is None else dw2,
+            None if b2 is None else db2,
+            dconv,
+            None if weight is None else dweight,
+            None if bias is None else dbias,
+            (dresidual if ctx.relu else dy) if need_dresidual else None,
+            *no_options,
+        )
+
+
+def _formula(pool_types: Sequence[str], batch_statistics: bool, eps: float, statistics: Tensor):
+    """The reference formula without the tail, by the statistics that the forward pass used."""
+
+    def formula(x, w1, b1, w2, b2, conv_weight, weight, bias):
+        def norm(z):
+            affine = [t if t is None else t.to(z.dtype) for t in (weight, bias)]
+            if batch_statistics:
+                return F.batch_norm(z, None, None, *affine, training=True, eps=eps)
+            z = (z - statistics[0]) * statistics[1]
+            z = z if affine[0] is None else z * affine[0]
+            return z if affine[1] is None else z + affine[1]
+
+        u = x if w1 is None else channel_gate(x, w1, b1, w2, b2, pool_types=pool_types)
+        return spatial_gate(u, conv_weight, norm)
+
+    return formula
+
+
+def is_fusable(norm: object) -> bool:
+    """Whether the kernels can stand for this norm: a plain BatchNorm2d of one channel with its usual buffers."""
+    return (
+        type(norm) is nn.BatchNorm2d
+        and norm.num_features == 1
+        and (norm.running_mean is None) == (norm.running_var is None)
+        and (norm.momentum is not None or norm.num_batches_tracked is not None or norm.running_mean is None)
+    )
+
+
+def cbam(
+    x: Tensor,
+    mlp: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    conv_weight: Tensor,
+    norm: nn.BatchNorm2d,
+    residual: Tensor | None,
+    pool_types: Sequence[str],
+    relu: bool,
+) -> Tensor:
+    """The fused operator, differentiable; ``mlp`` is four times None for the spatial gate alone.
+
+    ``x`` and ``residual`` (N, C, H, W), dense in the same layout; ``norm`` as :func:`is_fusable` wants it. Its buffers
+    are updated inside the kernels, once.
+    """
+    w1, b1, w2, b2 = mlp
+    parameters = (
+        None if w1 is None else w1.contiguous(),
+        b1,
+        None if w2 is None else w2.contiguous(),
+        b2,
+        conv_weight.contiguous(),
+        norm.weight,
+        norm.bias,
+    )
+    update = norm.training and norm.track_running_stats and norm.running_mean is not None
+    buffers = norm.running_mean, norm.running_var, norm.num_batches_tracked
+    options = uses_batch_statistics(norm), update, norm.momentum, norm.eps, relu
+    if needs_grad(x, *parameters, residual):
+        return _CBAM.apply(x, *parameters, residual, *buffers, tuple(pool_types), *options)
+    pools = _channel.pool_bits(pool_types)
+    return forward_op(x, *parameters, *buffers, residual, pools, *options, False)[0]

@@ -1,0 +1,282 @@
+"""SimAM: ``y = act(x * sigmoid(d / (4 * (sum_p(d) / n + lambda)) + 0.5) + residual)``, ``d = (x - mean_p(x))^2``.
+
+Yang et al., ICML 2021, equations 5 and 6; n = max(P - 1, 1). N = bytes of x.
+
+Forward, 1 launch: 2N where a plane fits a program, else 3N; + N residual.
+Backward, 1 launch: 3N where a plane fits a program, else 5N; + N dresidual. With e = dy * y', t = x - mean and
+q = 1 / (4 * (variance + lambda)):
+    dx = dy * sigmoid + 2 q t (e - 4 q sum_p(e t^2) / n) - 2 q sum_p(e t) / P.
+Saved: x, and mean and q of each plane; one bit an element with ReLU.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attn_kernels.ops import _config as config
+from attn_kernels.ops._channel import accumulator, multiprocessors
+from attn_kernels.ops._device import load_tail_grad, load_tile, store_tail, store_tile
+from attn_kernels.ops._library import (
+    empty_mask,
+    is_channels_last,
+    like,
+    needs_grad,
+    reference_gradients,
+    register,
+    unmask,
+)
+from reference.simam import simam as formula
+
+
+@triton.jit
+def _merge_moments(b_mean, b_m2, b_x, p, P, BLOCK_P: tl.constexpr):
+    """Mean and sum of squared deviations of the first p pixels and of the tile that follows (Chan et al., 1983)."""
+    m_p = p + tl.arange(0, BLOCK_P) < P
+    count = tl.minimum(P - p, BLOCK_P).to(b_x.dtype)
+    b_tile_mean = tl.sum(b_x, axis=1) / count
+    b_t = tl.where(m_p[None, :], b_x - b_tile_mean[:, None], 0.0)
+    b_delta = b_tile_mean - b_mean
+    b_mean += b_delta * (count / (p + count))
+    b_m2 += tl.sum(b_t * b_t, axis=1) + b_delta * b_delta * (p * count / (p + count))
+    return b_mean, b_m2
+
+
+@triton.jit
+def _gated(b_x, b_mean, b_q):
+    b_t = b_x - b_mean[:, None]
+    return b_x * tl.sigmoid(b_t * b_t * b_q[:, None] + 0.5)
+
+
+@triton.jit
+def simam_fwd_kernel(
+    x_ptr,  # (N, C, P)
+    residual_ptr,  # (N, C, P) or None
+    y_ptr,  # (N, C, P), written
+    mask_ptr,  # bits of the ReLU, written, or None
+    mean_ptr,  # (N, C), written
+    q_ptr,  # (N, C), written
+    C,
+    P,
+    LAMBDA: tl.constexpr,
+    RELU: tl.constexpr,
+    WHOLE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """y of BLOCK_C planes. Reads x once if the planes fit the tile (WHOLE), else twice."""
+    ACC: tl.constexpr = mean_ptr.dtype.element_ty
+    blocks = tl.cdiv(C, BLOCK_C)
+    i_n = (tl.program_id(0) // blocks).to(tl.int64)
+    c = tl.program_id(0) % blocks * BLOCK_C
+    o_c = c + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    n = tl.maximum(P - 1, 1)
+
+    b_mean = tl.zeros([BLOCK_C], ACC)
+    b_m2 = tl.zeros([BLOCK_C], ACC)
+    if WHOLE:
+        b_x = load_tile(x_ptr, i_n, c, 0, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+        b_mean, b_m2 = _merge_moments(b_mean, b_m2, b_x, 0, P, BLOCK_P)
+    else:
+        for p in range(0, P, BLOCK_P):
+            b_tile = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+            b_mean, b_m2 = _merge_moments(b_mean, b_m2, b_tile, p, P, BLOCK_P)
+    b_q = 1 / (4 * (b_m2 / n + LAMBDA))
+    tl.store(mean_ptr + i_n * C + o_c, b_mean, mask=m_c)
+    tl.store(q_ptr + i_n * C + o_c, b_q, mask=m_c)
+
+    if WHOLE:
+        b_y = _gated(b_x, b_mean, b_q)
+        store_tail(b_y, y_ptr, residual_ptr, mask_ptr, i_n, c, 0, C, P, RELU, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+    else:
+        for p in range(0, P, BLOCK_P):
+            b_tile = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+            b_y = _gated(b_tile, b_mean, b_q)
+            store_tail(b_y, y_ptr, residual_ptr, mask_ptr, i_n, c, p, C, P, RELU, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+
+
+@triton.jit
+def _energy_grad(b_dy, b_x, b_mean, b_q):
+    """t = x - mean, the sigmoid s, and e = dy * x * s * (1 - s), the gradient of the inverse energy."""
+    b_t = b_x - b_mean[:, None]
+    b_s = tl.sigmoid(b_t * b_t * b_q[:, None] + 0.5)
+    return b_t, b_s, b_dy * b_x * b_s * (1 - b_s)
+
+
+@triton.jit
+def _moment_grads(b_dy, b_x, b_mean, b_q):
+    """sum_p(e t) and sum_p(e t^2) of a tile; outside the planes dy is 0, and so is e."""
+    b_t, _, b_e = _energy_grad(b_dy, b_x, b_mean, b_q)
+    b_et = b_e * b_t
+    return tl.sum(b_et, axis=1), tl.sum(b_et * b_t, axis=1)
+
+
+@triton.jit
+def _x_grad(b_dy, b_x, b_mean, b_q, b_dq, b_dmean):
+    b_t, b_s, b_e = _energy_grad(b_dy, b_x, b_mean, b_q)
+    return b_dy * b_s + 2 * b_q[:, None] * b_t * (b_e - b_dq[:, None]) - b_dmean[:, None]
+
+
+@triton.jit
+def simam_bwd_kernel(
+    dy_ptr,  # (N, C, P)
+    mask_ptr,  # bits of the ReLU, or None
+    x_ptr,  # (N, C, P)
+    mean_ptr,  # (N, C)
+    q_ptr,  # (N, C)
+    dx_ptr,  # (N, C, P), written
+    dresidual_ptr,  # (N, C, P), written, or None
+    C,
+    P,
+    WHOLE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """dx of BLOCK_C planes. Reads dy and x once if the planes fit the tile (WHOLE), else twice; writes dx."""
+    ACC: tl.constexpr = mean_ptr.dtype.element_ty
+    blocks = tl.cdiv(C, BLOCK_C)
+    i_n = (tl.program_id(0) // blocks).to(tl.int64)
+    c = tl.program_id(0) % blocks * BLOCK_C
+    o_c = c + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    b_mean = tl.load(mean_ptr + i_n * C + o_c, mask=m_c, other=0)
+    b_q = tl.load(q_ptr + i_n * C + o_c, mask=m_c, other=0)
+
+    if WHOLE:
+        b_dy = load_tail_grad(dy_ptr, mask_ptr, dresidual_ptr, i_n, c, 0, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+        b_x = load_tile(x_ptr, i_n, c, 0, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+        b_et, b_ett = _moment_grads(b_dy, b_x, b_mean, b_q)
+    else:
+        b_et = tl.zeros([BLOCK_C], ACC)
+        b_ett = tl.zeros([BLOCK_C], ACC)
+        for p in range(0, P, BLOCK_P):
+            b_g = load_tail_grad(dy_ptr, mask_ptr, dresidual_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+            b_tile = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+            b_et_tile, b_ett_tile = _moment_grads(b_g, b_tile, b_mean, b_q)
+            b_et += b_et_tile
+            b_ett += b_ett_tile
+    b_dq = 4 * b_q * b_ett / tl.maximum(P - 1, 1)
+    b_dmean = 2 * b_q * b_et / P
+
+    if WHOLE:
+        b_dx = _x_grad(b_dy, b_x, b_mean, b_q, b_dq, b_dmean)
+        store_tile(b_dx, dx_ptr, i_n, c, 0, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+    else:
+        for p in range(0, P, BLOCK_P):
+            b_g = load_tail_grad(dy_ptr, mask_ptr, None, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+            b_tile = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+            b_dx = _x_grad(b_g, b_tile, b_mean, b_q, b_dq, b_dmean)
+            store_tile(b_dx, dx_ptr, i_n, c, p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+
+
+def _tile(x: Tensor) -> config.Tile:
+    n, c, h, w = x.shape
+    return config.whole_plane_tile(n, c, h * w, x.element_size(), is_channels_last(x), multiprocessors(x))
+
+
+def _forward(
+    x: Tensor, residual: Tensor | None, e_lambda: float, relu: bool, save: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, c, h, w = x.shape
+    tile = _tile(x)
+    y, mask = torch.empty_like(x), empty_mask(x, relu and save)
+    mean = x.new_empty((n, c), dtype=accumulator(x))
+    q = torch.empty_like(mean)
+    simam_fwd_kernel[(n * config.cdiv(c, tile.block_c),)](
+        x,
+        residual,
+        y,
+        mask if relu and save else None,
+        mean,
+        q,
+        c,
+        h * w,
+        LAMBDA=e_lambda,
+        RELU=relu,
+        WHOLE=tile.block_p >= h * w,
+        CHANNELS_LAST=is_channels_last(x),
+        BLOCK_C=tile.block_c,
+        BLOCK_P=tile.block_p,
+        num_warps=tile.num_warps,
+    )
+    return y, mean, q, mask
+
+
+def _forward_fake(x, residual, e_lambda, relu, save):
+    mean = x.new_empty(x.shape[:2], dtype=accumulator(x))
+    return torch.empty_like(x), mean, torch.empty_like(mean), empty_mask(x, relu and save)
+
+
+def _backward(
+    dy: Tensor, x: Tensor, mean: Tensor, q: Tensor, mask: Tensor, relu: bool, need_dresidual: bool
+) -> tuple[Tensor, Tensor]:
+    n, c, h, w = x.shape
+    tile = _tile(x)
+    dx = torch.empty_like(x)
+    dresidual = torch.empty_like(x) if need_dresidual else None
+    simam_bwd_kernel[(n * config.cdiv(c, tile.block_c),)](
+        like(dy, x),
+        mask if relu else None,
+        x,
+        mean,
+        q,
+        dx,
+        dresidual,
+        c,
+        h * w,
+        WHOLE=tile.block_p >= h * w,
+        CHANNELS_LAST=is_channels_last(x),
+        BLOCK_C=tile.block_c,
+        BLOCK_P=tile.block_p,
+        num_warps=tile.num_warps,
+    )
+    return dx, x.new_empty(0) if dresidual is None else dresidual
+
+
+def _backward_fake(dy, x, mean, q, mask, relu, need_dresidual):
+    return torch.empty_like(x), torch.empty_like(x) if need_dresidual else x.new_empty(0)
+
+
+forward_op = register(
+    "simam(Tensor x, Tensor? residual, float e_lambda, bool relu, bool save) -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+backward_op = register(
+    "simam_backward(Tensor dy, Tensor x, Tensor mean, Tensor q, Tensor mask, bool relu, bool need_dresidual) "
+    "-> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class _SimAM(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, e_lambda, relu):
+        y, *saved = forward_op(x, residual, e_lambda, relu, True)
+        ctx.save_for_backward(x, *saved)
+        ctx.e_lambda, ctx.relu = e_lambda, relu
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, mean, q, mask = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            dy = unmask(dy, mask, x) if ctx.relu else dy
+            (dx,) = reference_gradients(lambda x: formula(x, ctx.e_lambda), (x,), (dy,))
+            return dx, dy, None, None
+        need_dresidual = ctx.needs_input_grad[1]
+        dx, dresidual = backward_op(dy, x, mean, q, mask, ctx.relu, ctx.relu and need_dresidual)
+        return dx, (dresidual if ctx.relu else dy) if need_dresidual else None, None, None
+
+
+def simam(x: Tensor, residual: Tensor | None, e_lambda: float, relu: bool) -> Tensor:
+    """The fused operator, differentiable; ``x`` and ``residual`` (N, C, H, W), dense in the same layout."""
+    if needs_grad(x, residual):
+        return _SimAM.apply(x, residual, float(e_lambda), relu)
+    return forward_op(x, residual, float(e_lambda), relu, False)[0]
