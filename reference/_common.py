@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
+from numbers import Integral
+
 import torch
 from torch import Tensor, nn
 
@@ -29,15 +33,23 @@ def like_parameters(t: Tensor, module: nn.Module) -> Tensor:
     return t
 
 
-def check_choice(name: str, value: object, choices) -> None:
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Keeps autocast from rounding the statistics and gates of ``x``."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+def check_choice(name: str, value: object, choices: Collection) -> None:
     """Raise ValueError unless ``value`` is one of ``choices``."""
-    if value not in choices:
+    if value not in tuple(choices):
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_positive(name: str, value: int) -> None:
     """Raise ValueError unless ``value`` is an integer of at least 1."""
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
 
 

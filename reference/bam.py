@@ -14,7 +14,6 @@ from reference._common import (
     check_batch_statistics,
     check_device,
     check_input,
-    check_parameter,
     check_positive,
     like_parameters,
     tail,
@@ -25,23 +24,42 @@ def check_bam(x, gate_c, gate_s, *, residual=None, activation=None):
     """Raise what :func:`bam` raises for these arguments."""
     check_input(x, residual, activation)
     n, c, h, w = x.shape
-    for name, gate, kind in (("gate_c", gate_c, nn.Linear), ("gate_s", gate_s, nn.Conv2d)):
-        if not isinstance(gate, nn.Sequential):
-            raise TypeError(f"{name}: expected an nn.Sequential, got {type(gate).__name__}")
-        layers = [layer for layer in gate if isinstance(layer, kind)]
-        if not layers:
-            raise ValueError(f"{name}: expected {kind.__name__} layers, got {gate}")
-        if (channels := layers[0].weight.shape[1]) != c:
-            raise ValueError(f"x: expected {channels} channels, as {name} takes, got shape {tuple(x.shape)}")
-        for layer in layers:
-            check_device(f"{name}'s {kind.__name__}", layer.weight, x)
-    if not isinstance(gate_s[0], nn.Conv2d):
-        raise ValueError(f"gate_s: expected the reducing 1x1 convolution first, got {gate_s[0]}")
-    check_parameter("gate_s[0].weight", gate_s[0].weight, (gate_s[0].out_channels, c, 1, 1), x)
+    _check_branch("gate_c", gate_c, nn.Linear, x, c)
+    _check_branch("gate_s", gate_s, nn.Conv2d, x, 1)
+    reduce = gate_s[0]
+    plain = isinstance(reduce, nn.Conv2d) and reduce.kernel_size == reduce.stride == (1, 1)
+    if not plain or reduce.padding != (0, 0) or reduce.groups != 1:
+        raise ValueError(f"gate_s: expected a plain 1x1 convolution first, got {reduce}")
     for layer in gate_c:
         check_batch_statistics(layer, x, n)
     for layer in gate_s:
         check_batch_statistics(layer, x, n * h * w)
+
+
+def _check_branch(name: str, gate: nn.Sequential, kind: type[nn.Linear | nn.Conv2d], x: Tensor, out: int) -> None:
+    """Raise unless ``gate`` is a chain of layers of a kind, from x's channels to ``out``, on x's device."""
+    if not isinstance(gate, nn.Sequential):
+        raise TypeError(f"{name}: expected an nn.Sequential, got {type(gate).__name__}")
+    layers = [layer for layer in gate if isinstance(layer, kind | nn.BatchNorm1d | nn.BatchNorm2d)]
+    if not any(isinstance(layer, kind) for layer in layers):
+        raise ValueError(f"{name}: expected {kind.__name__} layers, got {gate}")
+    width = x.shape[1]
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            takes, gives = layer.in_features, layer.out_features
+        elif isinstance(layer, nn.Conv2d):
+            takes, gives = layer.in_channels, layer.out_channels
+        else:
+            takes = gives = layer.num_features
+        if layer is layers[0] and takes != width:
+            raise ValueError(f"x: expected {takes} channels, as {name} takes, got shape {tuple(x.shape)}")
+        if takes != width:
+            raise ValueError(f"{name}: expected a layer that takes {width} channels, got {layer}")
+        width = gives
+        for state in (*layer.parameters(), *layer.buffers()):
+            check_device(f"{name}, {layer}", state, x)
+    if width != out:
+        raise ValueError(f"{name}: expected {out} channels out, got {width}")
 
 
 def channel_logits(mean: Tensor, gate_c: nn.Sequential) -> Tensor:

@@ -12,11 +12,13 @@ from reference._common import (
     accumulation_dtype,
     check_batch_statistics,
     check_choice,
+    check_device,
     check_input,
     check_parameter,
     check_positive,
     like_parameters,
     tail,
+    without_autocast,
 )
 from reference.se import check_mlp, mlp
 
@@ -44,12 +46,12 @@ POOLS = {"avg": _avg, "max": _max, "lp": _lp, "lse": _lse}
 
 def check_pool_types(pool_types: Sequence[str]) -> None:
     """Raise TypeError or ValueError unless ``pool_types`` holds one or more distinct names of pools."""
-    if isinstance(pool_types, str):
-        raise TypeError(f"pool_types: expected a sequence of names, got the string {pool_types!r}")
-    if not pool_types or len(set(pool_types)) != len(pool_types):
-        raise ValueError(f"pool_types: expected one or more distinct names, got {pool_types!r}")
+    if isinstance(pool_types, str) or not isinstance(pool_types, Sequence):
+        raise TypeError(f"pool_types: expected a sequence of names, got {pool_types!r}")
     for pool in pool_types:
         check_choice("pool_types", pool, POOLS)
+    if not pool_types or len(set(pool_types)) != len(pool_types):
+        raise ValueError(f"pool_types: expected one or more distinct names, got {pool_types!r}")
 
 
 def check_channel_gate(
@@ -70,6 +72,11 @@ def check_spatial_gate(x, conv_weight, norm, *, residual=None, activation=None):
         raise ValueError(f"conv_weight: expected an odd kernel size, got {kernel}")
     if not callable(norm):
         raise TypeError(f"norm: expected a module or a function of a tensor, got {type(norm).__name__}")
+    if isinstance(norm, nn.BatchNorm2d):
+        if norm.num_features != 1:
+            raise ValueError(f"norm: expected BatchNorm2d of 1 channel, got {norm.num_features}")
+        for state in (*norm.parameters(), *norm.buffers()):
+            check_device("norm", state, x)
     check_batch_statistics(norm, x, x.shape[0] * x.shape[2] * x.shape[3])
 
 
@@ -161,10 +168,12 @@ def spatial_gate(
     # The gradient of the maximum goes to the lowest channel that attains it.
     maximum = x.max(dim=1, keepdim=True).values.to(dtype)
     mean = x.mean(dim=1, keepdim=True, dtype=dtype)
-    z = F.conv2d(torch.cat((maximum, mean), dim=1), conv_weight.to(dtype), padding=conv_weight.shape[-1] // 2)
-    if isinstance(norm, nn.Module):
-        z = like_parameters(z, norm)
-    return tail(x * torch.sigmoid(norm(z)).to(x.dtype), residual, activation)
+    with without_autocast(x):
+        z = F.conv2d(torch.cat((maximum, mean), dim=1), conv_weight.to(dtype), padding=conv_weight.shape[-1] // 2)
+        if isinstance(norm, nn.Module):
+            z = like_parameters(z, norm)
+        scale = torch.sigmoid(norm(z)).to(x.dtype)
+    return tail(x * scale, residual, activation)
 
 
 def cbam(

@@ -6,7 +6,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reference._common import accumulation_dtype, check_choice, check_input, check_parameter, check_positive, tail
+from reference._common import (
+    accumulation_dtype,
+    check_choice,
+    check_input,
+    check_parameter,
+    check_positive,
+    tail,
+    without_autocast,
+)
+
+
+def hardsigmoid(x: Tensor) -> Tensor:
+    """``relu6(x + 3) / 6``; ``F.hardsigmoid`` has no second derivative."""
+    return F.relu6(x + 3) / 6
+
 
 ACTIVATIONS = {
     "relu": F.relu,
@@ -15,7 +29,7 @@ ACTIVATIONS = {
     "leaky_relu": F.leaky_relu,
     "hardswish": F.hardswish,
 }
-GATES = {"sigmoid": torch.sigmoid, "hardsigmoid": F.hardsigmoid}
+GATES = {"sigmoid": torch.sigmoid, "hardsigmoid": hardsigmoid}
 
 
 def check_mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None):
@@ -57,7 +71,8 @@ def mlp(
 ) -> Tensor:
     """``fc2(act(fc1(pooled)))`` in ``pooled``'s dtype, whatever the parameters' dtype: (N, C) -> (N, C)."""
     w1, b1, w2, b2 = (p if p is None else p.to(pooled.dtype) for p in (fc1_weight, fc1_bias, fc2_weight, fc2_bias))
-    return F.linear(ACTIVATIONS[activation](F.linear(pooled, w1, b1)), w2, b2)
+    with without_autocast(pooled):
+        return F.linear(ACTIVATIONS[activation](F.linear(pooled, w1, b1)), w2, b2)
 
 
 def se(
