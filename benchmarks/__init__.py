@@ -1,0 +1,1 @@
+"""Measurements on real feature maps: ``python -m benchmarks``."""

@@ -1,0 +1,33 @@
+"""Benchmarks of attn_kernels; without a command, the check of every module on real feature maps.
+
+A command is a file of this package with a docstring, ``add_arguments(parser)`` and ``run(arguments) -> exit status``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+COMMANDS = ("check",)
+DEFAULT = "check"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command and return its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    for name in COMMANDS:
+        module = import_module(f"benchmarks.{name}")
+        summary = module.__doc__.splitlines()[0]
+        command = commands.add_parser(name, help=summary, description=summary)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    asks_for_command = argv and argv[0] in (*COMMANDS, "-h", "--help")
+    arguments = parser.parse_args(argv if asks_for_command else [DEFAULT, *argv])
+    return arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

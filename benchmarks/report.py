@@ -1,0 +1,163 @@
+"""What the check prints."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from benchmarks.accuracy import Verdict
+from benchmarks.traffic import Traffic
+
+NOT_MEASURED = "not measured"
+
+
+class Case(NamedTuple):
+    """One module on one feature map."""
+
+    module: str
+    map: str
+    layout: str
+    dtype: str
+    tail: bool
+
+
+class Cost(NamedTuple):
+    """What one case costs: traffic (forward, backward) in the interpreter, device seconds on a GPU."""
+
+    shape: tuple[int, ...]
+    bytes_of_x: int
+    traffic: dict[str, tuple[Traffic, Traffic]]
+    seconds: dict[str, float]
+
+
+class Finding(NamedTuple):
+    """The verdict on one tensor."""
+
+    module: str
+    tensor: str
+    dtype: str
+    place: str
+    verdict: Verdict
+
+
+def header(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    return (
+        "No GPU: the kernels run in Triton's interpreter on pieces of the maps, and no time is measured "
+        f"(torch {torch.__version__})."
+    )
+
+
+def accuracy_table(findings: Sequence[Finding], modules: Iterable[str], dtypes: Sequence[str]) -> Table:
+    """A row a tensor, with the verdict nearest to its limit for each dtype."""
+    table = _table(
+        "Greatest error against float64 relative to the tensor's size, where it is nearest to what is allowed",
+        "allowed: twice the eager reference's error and one unit in the last place of the largest element",
+    )
+    _columns(table, "module", "tensor")
+    for dtype in dtypes:
+        _columns(table, f"{dtype} fused", "eager", "allowed", justify="right")
+    _columns(table, "verdict")
+    for module in modules:
+        table.add_section()
+        rows: dict[str, list[Finding]] = {}
+        for finding in findings:
+            if finding.module == module:
+                rows.setdefault(finding.tensor, []).append(finding)
+        for tensor, found in rows.items():
+            cells = []
+            for dtype in dtypes:
+                worst = max((f.verdict for f in found if f.dtype == dtype), key=lambda verdict: verdict.used)
+                cells += [_error(worst.error), _error(worst.eager_error), _error(worst.allowed)]
+            table.add_row(module, _short(tensor), *cells, _ok(all(f.verdict.ok for f in found)))
+    return table
+
+
+def traffic_table(costs: dict[Case, Cost]) -> Table:
+    table = _table(
+        f"Bytes touched in units of x ({_dtype(costs)}), forward + backward, and kernel launches",
+        "small maps: what does not grow with x (parameters, gates) weighs more than on a whole map",
+    )
+    _columns(table, "module", "map", "layout", "tail")
+    _columns(table, "eager", "launches", "fused", "launches", "eager / fused", "time on a GPU", justify="right")
+    for case, cost in costs.items():
+        cells = []
+        for passes in cost.traffic.values():
+            cells.append(" + ".join(f"{traffic.touched / cost.bytes_of_x:.1f}" for traffic in passes))
+            cells.append(" + ".join(str(traffic.launches) for traffic in passes))
+        eager, fused = (sum(traffic.touched for traffic in passes) for passes in cost.traffic.values())
+        table.add_row(*_place(case, cost), *cells, f"{eager / fused:.1f}", NOT_MEASURED)
+    return table
+
+
+def time_table(costs: dict[Case, Cost]) -> Table:
+    ratios = [[cost.seconds[name] / cost.seconds["fused"] for name in ("eager", "compile")] for cost in costs.values()]
+    over_eager, over_compile = map(statistics.geometric_mean, zip(*ratios, strict=True))
+    table = _table(
+        f"Device time of forward + backward in microseconds ({_dtype(costs)})",
+        f"geometric means: {over_eager:.2f} times as fast as eager, {over_compile:.2f} as torch.compile",
+    )
+    _columns(table, "module", "map", "layout", "tail")
+    _columns(table, "eager", "torch.compile", "fused", "eager / fused", "compile / fused", justify="right")
+    for (case, cost), row in zip(costs.items(), ratios, strict=True):
+        times = (f"{cost.seconds[name] * 1e6:.1f}" for name in ("eager", "compile", "fused"))
+        table.add_row(*_place(case, cost), *times, *(f"{ratio:.2f}" for ratio in row))
+    return table
+
+
+def network_line(verdict: Verdict) -> Text:
+    return Text.assemble(
+        "se_resnet_50 on the photograph, the reference's weights loaded with strict=True: logits off by "
+        f"{_error(verdict.error)} of the largest (eager {_error(verdict.eager_error)}, "
+        f"allowed {_error(verdict.allowed)}): ",
+        _ok(verdict.ok),
+    )
+
+
+def conclusion(findings: Sequence[Finding]) -> Text:
+    """What is wrong, a line each, and how much is right."""
+    wrong = [finding for finding in findings if not finding.verdict.ok]
+    text = Text()
+    for module, tensor, dtype, place, verdict in wrong:
+        error, allowed = _error(verdict.error), _error(verdict.allowed)
+        text.append(f"WRONG {module}, {place}, {dtype}: {tensor}: error {error}, allowed {allowed}\n", style="red")
+    return text.append(f"{len(findings) - len(wrong)} of {len(findings)} comparisons agree with the reference.")
+
+
+def _table(title: str, caption: str) -> Table:
+    return Table(title=title, caption=caption, box=box.SIMPLE_HEAD)
+
+
+def _columns(table: Table, *names: str, justify: str = "left") -> None:
+    for name in names:
+        table.add_column(name, justify=justify)
+
+
+def _dtype(costs: dict[Case, Cost]) -> str:
+    return next(iter(costs)).dtype
+
+
+def _place(case: Case, cost: Cost) -> tuple[str, str, str, str]:
+    shape = "x".join(map(str, cost.shape))
+    return case.module, f"{case.map} {shape}", case.layout, "add + relu" if case.tail else ""
+
+
+def _short(tensor: str) -> str:
+    """The last three parts of a parameter's name."""
+    prefix = "grad " if tensor.startswith("grad ") else ""
+    return prefix + ".".join(tensor.removeprefix(prefix).split(".")[-3:])
+
+
+def _error(value: float) -> str:
+    return f"{value:.1e}"
+
+
+def _ok(ok: bool) -> Text:
+    return Text("ok") if ok else Text("WRONG", style="bold red")

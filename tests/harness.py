@@ -1,0 +1,131 @@
+"""Runs a fused module beside the reference in the same dtype and in float64, forward and backward, and judges all."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import attn_kernels
+import reference
+from benchmarks.accuracy import compare
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+ALL_POOLS = ("avg", "max", "lp", "lse")
+
+# name: (module's name, constructor's arguments from C)
+MODULES: dict[str, Callable[[object, int], nn.Module]] = {
+    "se": lambda kit, c: kit.SE(c, 4),
+    "channel_gate": lambda kit, c: kit.ChannelGate(c, 4, ALL_POOLS),
+    "spatial_gate": lambda kit, c: kit.SpatialGate(),
+    "cbam": lambda kit, c: kit.CBAM(c, 4),
+    "bam": lambda kit, c: kit.BAM(c, 4),
+    "simam": lambda kit, c: kit.SimAM(),
+}
+
+
+def pair(build: Callable[[object], nn.Module], device: torch.device) -> tuple[nn.Module, nn.Module]:
+    """The fused module and the reference's, with the same random parameters, none of them at a special value."""
+    eager = build(reference)
+    for p in eager.parameters():
+        nn.init.normal_(p, std=0.5)
+    for name, b in eager.named_buffers():
+        if "running_var" in name:
+            nn.init.uniform_(b, 0.5, 2)
+        elif "running_mean" in name:
+            nn.init.normal_(b)
+    fused = build(attn_kernels)
+    fused.load_state_dict(eager.state_dict(), strict=True)
+    assert isinstance(fused, type(eager))
+    return fused.to(device), eager.to(device)
+
+
+@dataclass
+class Run:
+    """Output, gradients by name, and buffers after the pass."""
+
+    y: Tensor
+    gradients: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+
+def run(module: nn.Module, x: Tensor, residual: Tensor | None, activation: str | None, dy: Tensor) -> Run:
+    """One forward and backward pass on leaves of their own."""
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    if residual is not None:
+        residual = residual.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    y = module(x, residual, activation)
+    inputs = {"x": x, **({} if residual is None else {"residual": residual}), **dict(module.named_parameters())}
+    gradients = torch.autograd.grad(y, list(inputs.values()), dy.to(y.dtype))
+    return Run(y, dict(zip(inputs, gradients, strict=True)), {k: b.double() for k, b in module.named_buffers()})
+
+
+def real_input(shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: torch.device) -> Tensor:
+    """What a network feeds its attention: some planes dead after a ReLU, none centred on zero."""
+    x = (torch.randn(shape, dtype=torch.float64) + 0.25).relu()
+    if shape[1] > 2:
+        x[:, 1] = 0
+    return x.to(device, dtype).contiguous(memory_format=LAYOUTS[layout])
+
+
+def check(
+    build: Callable[[object], nn.Module],
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    layout: str,
+    device: torch.device,
+    *,
+    activation: str | None = None,
+    with_residual: bool = False,
+    training: bool = True,
+    parameter_dtype: torch.dtype | None = None,
+) -> None:
+    """Assert that the fused module agrees with the reference by the accuracy rule: output, gradients and buffers."""
+    fused, eager = pair(build, device)
+    for module in (fused, eager):
+        module.train(training).to(parameter_dtype or (torch.float64 if dtype == torch.float64 else torch.float32))
+    oracle = copy.deepcopy(eager).double()
+    if parameter_dtype == torch.float64 and dtype != torch.float64:
+        eager.float()  # the fused gate computes in fp32 whatever the parameters are
+    x = real_input(shape, dtype, layout, device)
+    residual = torch.randn(shape, device=device).to(x) if with_residual else None
+    residual = None if residual is None else residual.contiguous(memory_format=LAYOUTS[layout])
+    dy = torch.randn(shape, device=device, dtype=torch.float64).to(dtype)
+
+    got = run(fused, x, residual, activation, dy)
+    want = run(eager, x, residual, activation, dy)
+    exact = run(oracle, x.double(), None if residual is None else residual.double(), activation, dy.double())
+
+    assert got.y.dtype == dtype
+    assert got.y.stride() == x.stride()
+    assert got.gradients["x"].dtype == dtype
+    assert_close("y", got.y, want.y, exact.y)
+    for name in ("x", "residual"):
+        if name in got.gradients:
+            assert_close(f"d{name}", got.gradients[name], want.gradients[name], exact.gradients[name])
+    # The gradients of a layer are judged together: one number may round luckily in eager, a layer's do not.
+    assert all(got.gradients[name].dtype == p.dtype for name, p in fused.named_parameters())
+    for group in {name.split(".")[0] for name, _ in fused.named_parameters()}:
+        names = [name for name, _ in fused.named_parameters() if name.split(".")[0] == group]
+        together = [torch.cat([r.gradients[n].flatten() for n in names]) for r in (got, want, exact)]
+        assert_close(f"d{group}", together[0].to(together[1].dtype), *together[1:])
+    for name, buffer in got.buffers.items():
+        torch.testing.assert_close(buffer, exact.buffers[name], rtol=buffer_tolerance(dtype), atol=1e-6, msg=name)
+
+
+def buffer_tolerance(dtype: torch.dtype) -> float:
+    return 1e-12 if dtype == torch.float64 else 4 * torch.finfo(dtype).eps
+
+
+def assert_close(name: str, fused: Tensor, eager: Tensor, oracle: Tensor) -> None:
+    if fused.dtype == torch.float64:
+        ulps = 64  # eager is the oracle here, and its own error, of sums over hundreds of terms, cannot be seen
+    else:
+        ulps = 1 if oracle.numel() > 256 else 4  # few numbers may all round luckily in eager
+    scale = oracle.abs().max().item() * ulps
+    verdict = compare(fused, eager, oracle, scale=scale)
+    assert verdict.ok, f"{name}: error {verdict.error:.2e}, eager {verdict.eager_error:.2e}, of {verdict.allowed:.2e}"

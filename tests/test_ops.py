@@ -1,0 +1,159 @@
+"""Every fused op, forward and every gradient, against the float64 reference by the accuracy rule."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from attn_kernels.ops import _config, cbam
+from reference.se import ACTIVATIONS, GATES
+from tests.harness import ALL_POOLS, DTYPES, LAYOUTS, MODULES, check
+
+# (shape, with the residual + ReLU tail)
+CASES = {
+    "7x7": ((2, 37, 7, 7), True),
+    "prime, H != W": ((3, 16, 5, 11), False),
+    "one channel": ((2, 1, 4, 6), True),
+    "batch of one": ((1, 24, 8, 6), False),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("module", MODULES)
+def test_against_reference(module, layout, dtype, case, device):
+    shape, tail = CASES[case]
+    check(
+        lambda kit: MODULES[module](kit, shape[1]),
+        shape,
+        DTYPES[dtype],
+        layout,
+        device,
+        activation="relu" if tail else None,
+        with_residual=tail,
+        training=module != "bam" or shape[0] > 1,  # BatchNorm1d refuses a training batch of one
+    )
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("module", MODULES)
+def test_one_pixel(module, layout, dtype, device):
+    check(lambda kit: MODULES[module](kit, 8), (3, 8, 1, 1), DTYPES[dtype], layout, device, activation="relu")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("module", MODULES)
+def test_planes_and_channels_larger_than_a_tile(module, layout, dtype, device, monkeypatch):
+    monkeypatch.setattr(_config, "TILE", 512)
+    monkeypatch.setattr(cbam, "CONV_PROGRAMS", 3)
+    shape = (2, 5, 45, 47) if module == "simam" else (2, 37, 23, 25)
+    build = lambda kit: MODULES[module](kit, shape[1])  # noqa: E731
+    check(build, shape, DTYPES[dtype], layout, device, activation="relu", with_residual=True)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_real_plane(module, device):
+    check(lambda kit: MODULES[module](kit, 4), (1, 4, 56, 56), torch.float32, "contiguous", device, training=False)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_se_options(activation, gate, bias, device):
+    def build(kit):
+        return kit.SE(20, hidden_channels=35, bias=bias, activation=activation, gate=gate)
+
+    check(build, (3, 20, 5, 7), torch.float32, "channels_last", device)
+
+
+@pytest.mark.parametrize("pools", range(1, 16))
+def test_pool_types(pools, device):
+    pool_types = tuple(reversed([p for i, p in enumerate(ALL_POOLS) if pools >> i & 1]))
+    layout = "channels_last" if pools % 2 else "contiguous"
+    check(lambda kit: kit.ChannelGate(10, 3, pool_types), (2, 10, 7, 5), torch.float32, layout, device)
+    check(lambda kit: kit.CBAM(10, 3, pool_types), (2, 10, 5, 6), torch.float64, layout, device, activation="relu")
+
+
+def _norm(**kwargs):
+    def build(kit):
+        module = kit.CBAM(9, 3)
+        module.SpatialGate.spatial.bn = nn.BatchNorm2d(1, **kwargs)
+        return module
+
+    return build
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"momentum": 0.3, "eps": 1e-3},
+        {"momentum": None},
+        {"affine": False},
+        {"bias": False},
+        {"track_running_stats": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+def test_batch_norm_of_cbam(dtype, kwargs, training, device):
+    check(
+        _norm(**kwargs),
+        (2, 9, 6, 5),
+        DTYPES[dtype],
+        "contiguous",
+        device,
+        activation="relu",
+        with_residual=True,
+        training=training,
+    )
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("with_residual", [True, False])
+@pytest.mark.parametrize("module", MODULES)
+def test_tail(module, with_residual, activation, device):
+    check(
+        lambda kit: MODULES[module](kit, 12),
+        (2, 12, 7, 9),
+        torch.bfloat16,
+        "channels_last",
+        device,
+        activation=activation,
+        with_residual=with_residual,
+    )
+
+
+@pytest.mark.parametrize("parameter_dtype", ["fp16", "bf16", "fp64"])
+@pytest.mark.parametrize("module", MODULES)
+def test_parameters_of_another_dtype(module, parameter_dtype, device):
+    dtype = DTYPES[parameter_dtype]
+    x_dtype = dtype if parameter_dtype == "bf16" else torch.float32
+    check(
+        lambda kit: MODULES[module](kit, 12),
+        (2, 12, 5, 5),
+        x_dtype,
+        "contiguous",
+        device,
+        training=False,
+        parameter_dtype=dtype,
+    )
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    module=st.sampled_from(sorted(MODULES)),
+    n=st.integers(2, 3),
+    c=st.integers(1, 70),
+    h=st.integers(1, 17),
+    w=st.integers(1, 17),
+    layout=st.sampled_from(sorted(LAYOUTS)),
+    tail=st.booleans(),
+)
+def test_any_shape(module, n, c, h, w, layout, tail, device):
+    build = lambda kit: MODULES[module](kit, c)  # noqa: E731
+    check(build, (n, c, h, w), torch.float64, layout, device, activation="relu" if tail else None, with_residual=tail)
