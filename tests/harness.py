@@ -32,7 +32,7 @@ def pair(build: Callable[[object], nn.Module], device: torch.device) -> tuple[nn
     """The fused module and the reference's, with the same random parameters, none of them at a special value."""
     eager = build(reference)
     for p in eager.parameters():
-        nn.init.normal_(p, std=0.5)
+        nn.init.normal_(p, std=0.5 if p.dim() == 1 else 0.15)  # gates that do not saturate
     for name, b in eager.named_buffers():
         if "running_var" in name:
             nn.init.uniform_(b, 0.5, 2)
@@ -97,7 +97,9 @@ def check(
     dy = torch.randn(shape, device=device, dtype=torch.float64).to(dtype)
 
     got = run(fused, x, residual, activation, dy)
-    want = run(eager, x, residual, activation, dy)
+    # In float64 eager's error shows only against itself with its sums in another order: that of the other layout.
+    other = LAYOUTS[layout] if dtype != torch.float64 else next(v for k, v in LAYOUTS.items() if k != layout)
+    want = run(eager, x.contiguous(memory_format=other), residual, activation, dy)
     exact = run(oracle, x.double(), None if residual is None else residual.double(), activation, dy.double())
 
     assert got.y.dtype == dtype
@@ -122,10 +124,8 @@ def buffer_tolerance(dtype: torch.dtype) -> float:
 
 
 def assert_close(name: str, fused: Tensor, eager: Tensor, oracle: Tensor) -> None:
-    if fused.dtype == torch.float64:
-        ulps = 64  # eager is the oracle here, and its own error, of sums over hundreds of terms, cannot be seen
-    else:
-        ulps = 1 if oracle.numel() > 256 else 4  # few numbers may all round luckily in eager
+    # Few numbers may all round luckily in eager, and in float64 eager is all but the oracle: some units are allowed.
+    ulps = 64 if fused.dtype == torch.float64 else 1 if oracle.numel() > 256 else 8
     scale = oracle.abs().max().item() * ulps
     verdict = compare(fused, eager, oracle, scale=scale)
     assert verdict.ok, f"{name}: error {verdict.error:.2e}, eager {verdict.eager_error:.2e}, of {verdict.allowed:.2e}"

@@ -12,7 +12,7 @@ from tests.harness import ALL_POOLS, DTYPES, LAYOUTS, MODULES, check
 
 # (shape, with the residual + ReLU tail)
 CASES = {
-    "7x7": ((2, 37, 7, 7), True),
+    "7x7": ((3, 37, 7, 7), True),
     "prime, H != W": ((3, 16, 5, 11), False),
     "one channel": ((2, 1, 4, 6), True),
     "batch of one": ((1, 24, 8, 6), False),
@@ -44,13 +44,13 @@ def test_one_pixel(module, layout, dtype, device):
     check(lambda kit: MODULES[module](kit, 8), (3, 8, 1, 1), DTYPES[dtype], layout, device, activation="relu")
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("dtype", ["fp32"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("module", MODULES)
 def test_planes_and_channels_larger_than_a_tile(module, layout, dtype, device, monkeypatch):
     monkeypatch.setattr(_config, "TILE", 512)
     monkeypatch.setattr(cbam, "CONV_PROGRAMS", 3)
-    shape = (2, 5, 45, 47) if module == "simam" else (2, 37, 23, 25)
+    shape = (2, 5, 45, 47) if module == "simam" else (2, 19, 17, 31)
     build = lambda kit: MODULES[module](kit, shape[1])  # noqa: E731
     check(build, shape, DTYPES[dtype], layout, device, activation="relu", with_residual=True)
 

@@ -277,7 +277,7 @@ class _Squeeze(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight, bias)
-        return mean_op(x), F.conv2d(x, weight, bias), x.view_as(x)
+        return mean_op(x), F.conv2d(x, weight, bias), torch.ops.aten.alias(x)  # view_as may change strides
 
     @staticmethod
     def backward(ctx, dmean, dreduced, dx_apply):
@@ -321,10 +321,11 @@ class _Apply(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, channel, spatial, mask = ctx.saved_tensors
+        need_dresidual = ctx.needs_input_grad[3]
         if torch.is_grad_enabled():
             dy = unmask(dy, mask, x) if ctx.relu else dy
-            return *reference_gradients(_apply_formula, (x, channel, spatial), (dy,)), dy, None
-        need_dresidual = ctx.needs_input_grad[3]
+            gradients = reference_gradients(_apply_formula, (x, channel, spatial), (dy,))
+            return *gradients, dy if need_dresidual else None, None
         dx, dchannel, dspatial, dresidual = apply_backward_op(
             dy, x, channel, spatial, mask, ctx.relu, ctx.relu and need_dresidual
         )

@@ -653,12 +653,12 @@ class _CBAM(torch.autograd.Function):
     def backward(ctx, dy):
         x, w1, b1, w2, b2, conv_weight, weight, bias, *saved = ctx.saved_tensors
         no_options = (None,) * 9
+        need_dresidual = ctx.needs_input_grad[8]
         if torch.is_grad_enabled():
             dy = unmask(dy, saved[-1], x) if ctx.relu else dy
             formula = _formula(ctx.pool_types, ctx.batch_statistics, ctx.eps, saved[-2])
             inputs = (x, w1, b1, w2, b2, conv_weight, weight, bias)
-            return *reference_gradients(formula, inputs, (dy,)), dy, *no_options
-        need_dresidual = ctx.needs_input_grad[8]
+            return *reference_gradients(formula, inputs, (dy,)), dy if need_dresidual else None, *no_options
         dx, dresidual, dw1, db1, dw2, db2, dconv, dweight, dbias = backward_op(
             dy, x, w1, w2, conv_weight, weight, bias, *saved,
             _channel.pool_bits(ctx.pool_types), ctx.batch_statistics, ctx.relu, ctx.relu and need_dresidual,

@@ -210,6 +210,7 @@ class _ChannelGate(torch.autograd.Function):
     def backward(ctx, dy):
         x, w1, b1, w2, b2, pool, argmax, pre, gate, mask = ctx.saved_tensors
         _, activation, gate_name, relu = ctx.options
+        need_dresidual = ctx.needs_input_grad[5]
         if torch.is_grad_enabled():
             dy = unmask(dy, mask, x) if relu else dy
 
@@ -218,8 +219,7 @@ class _ChannelGate(torch.autograd.Function):
                 return x * GATES[gate_name](logits).to(x.dtype)[:, :, None, None]
 
             gradients = reference_gradients(formula, (x, w1, b1, w2, b2), (dy,))
-            return *gradients, dy, None, None, None, None
-        need_dresidual = ctx.needs_input_grad[5]
+            return *gradients, dy if need_dresidual else None, None, None, None, None
         dx, dresidual, dw1, db1, dw2, db2 = backward_op(
             dy, x, w1, w2, pool, argmax, pre, gate, mask, *ctx.options, relu and need_dresidual
         )

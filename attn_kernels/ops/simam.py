@@ -266,11 +266,11 @@ class _SimAM(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, mean, q, mask = ctx.saved_tensors
+        need_dresidual = ctx.needs_input_grad[1]
         if torch.is_grad_enabled():
             dy = unmask(dy, mask, x) if ctx.relu else dy
             (dx,) = reference_gradients(lambda x: formula(x, ctx.e_lambda), (x,), (dy,))
-            return dx, dy, None, None
-        need_dresidual = ctx.needs_input_grad[1]
+            return dx, dy if need_dresidual else None, None, None
         dx, dresidual = backward_op(dy, x, mean, q, mask, ctx.relu, ctx.relu and need_dresidual)
         return dx, (dresidual if ctx.relu else dy) if need_dresidual else None, None, None
 

@@ -1,0 +1,135 @@
+"""Which calls are fused, and that the others run the reference formula, silently and correctly."""
+
+import pytest
+import torch
+from torch import nn
+
+import attn_kernels
+import reference
+from attn_kernels import functional, models
+from attn_kernels.functional import is_fused
+from benchmarks.accuracy import compare
+from tests.harness import LAYOUTS, MODULES, pair, real_input
+
+
+@pytest.fixture(params=MODULES)
+def modules(request, device):
+    fused, eager = pair(lambda kit: MODULES[request.param](kit, 12), device)
+    return fused.eval(), eager.eval()
+
+
+def _x(device, shape=(2, 12, 5, 7)):
+    return real_input(shape, torch.float32, "contiguous", device)
+
+
+def test_functional_forms_have_the_references_signatures():
+    import inspect
+
+    for name in functional.__all__:
+        ours, theirs = getattr(functional, name), getattr(reference, name)
+        assert inspect.signature(ours) == inspect.signature(theirs)
+        assert ours.__doc__ == theirs.__doc__
+
+
+def test_the_tests_run_the_kernels(modules, device, monkeypatch):
+    fused, _ = modules
+    assert is_fused(_x(device))
+    for name in functional.__all__:
+        monkeypatch.setattr(reference, name, None)  # the reference formula would raise
+    fused(_x(device), _x(device), "relu")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_keeps_the_dtype_of_x(modules, dtype, device):
+    fused, _ = modules
+    with torch.autocast(device.type, dtype):
+        for x in (_x(device), _x(device).to(dtype)):
+            x.requires_grad_()
+            y = fused(x, x, "relu")
+            assert y.dtype == x.dtype
+            y.sum().backward()
+            assert x.grad.dtype == x.dtype
+
+
+def test_half_module(modules, device):
+    fused, eager = modules
+    x = _x(device).bfloat16()
+    y, want = fused.bfloat16()(x), eager.bfloat16()(x)
+    assert compare(y, want, eager.double()(x.double())).ok
+
+
+def test_vmap_and_grad_of_torch_func(modules, device):
+    fused, eager = modules
+    x = torch.randn(3, 2, 12, 5, 7, device=device)
+    torch.testing.assert_close(torch.func.vmap(fused)(x), torch.func.vmap(eager)(x))
+    got, want = (torch.func.grad(lambda x, m=m: m(x).square().sum())(x[0]) for m in (fused, eager))
+    torch.testing.assert_close(got, want)
+
+
+def test_export_sees_plain_operators(modules, device):
+    fused, eager = modules
+    x = _x(device)
+    program = torch.export.export(fused, (x,))
+    assert "attn_kernels" not in str(program.graph)
+    torch.testing.assert_close(program.module()(x), eager(x))
+
+
+def test_compiles_without_a_graph_break(modules, device):
+    fused, eager = modules
+    x, residual = _x(device).requires_grad_(), _x(device).requires_grad_()
+    torch._dynamo.reset()
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    for training in (False, True):
+        fused.train(training)
+        eager.train(training)
+        y, want = compiled(x, residual, "relu"), eager(x, residual, "relu")
+        torch.testing.assert_close(y, want)
+        dy = torch.randn_like(y)
+        torch.testing.assert_close(
+            torch.autograd.grad(y, (x, residual), dy),
+            torch.autograd.grad(want, (x, residual), dy),
+            rtol=1e-4,
+            atol=1e-5,
+        )
+        for got, expected in zip(fused.buffers(), eager.buffers(), strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+def test_norm_of_another_kind_falls_back(device):
+    fused, eager = pair(lambda kit: kit.SpatialGate(), device)
+    for module in (fused, eager):
+        module.spatial.bn = nn.Identity()
+    x = _x(device)
+    torch.testing.assert_close(fused(x), eager(x))
+
+
+@pytest.mark.parametrize("attention", models.ATTENTIONS[1:])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_networks_agree(attention, layout, device):
+    eager = reference.models.resnet(18, attention, 10).to(device).eval()
+    fused = models.resnet(18, attention, 10).to(device).eval()
+    fused.load_state_dict(eager.state_dict(), strict=True)
+    ours = {m.__module__ for m in fused.modules() if m.__module__.startswith("attn_kernels")}
+    assert ours or attention == "se"  # whose layers stand on the block
+    x = torch.randn(2, 3, 64, 48, device=device).contiguous(memory_format=LAYOUTS[layout])
+    torch.testing.assert_close(fused(x), eager(x), rtol=1e-4, atol=1e-4)
+
+
+def test_named_networks():
+    for attention in models.ATTENTIONS[1:]:
+        for depth in models.LAYERS:
+            with torch.device("meta"):
+                ours = getattr(models, f"{attention}_resnet_{depth}")()
+                theirs = getattr(reference.models, f"{attention}_resnet_{depth}")()
+            assert {k: v.shape for k, v in ours.state_dict().items()} == {
+                k: v.shape for k, v in theirs.state_dict().items()
+            }
+
+
+def test_modules_are_the_references():
+    for name in ("SE", "BAM", "CBAM", "SimAM", "ChannelGate", "SpatialGate"):
+        assert issubclass(getattr(attn_kernels, name), getattr(reference, name))
+        assert getattr(attn_kernels, name).__doc__
+    cbam = attn_kernels.CBAM(16)
+    assert isinstance(cbam.ChannelGate, attn_kernels.ChannelGate)
+    assert isinstance(cbam.SpatialGate, attn_kernels.SpatialGate)

@@ -1,0 +1,111 @@
+"""gradcheck in float64 at its defaults, and gradgradcheck, of every op and option, on maps of a few pixels."""
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+
+import attn_kernels
+from attn_kernels import functional as F
+from reference.se import ACTIVATIONS, GATES
+from tests.harness import LAYOUTS
+
+SHAPE = (2, 3, 1, 2)
+
+
+def _leaf(*shape):
+    return torch.randn(shape, dtype=torch.float64).requires_grad_()
+
+
+def _x(layout, device):
+    return torch.randn(SHAPE, dtype=torch.float64, device=device).contiguous(memory_format=LAYOUTS[layout])
+
+
+def _mlp(device, bias=True):
+    shapes = ((2, 3), (2,), (3, 2), (3,))
+    return [_leaf(*s).to(device).detach().requires_grad_() if bias or len(s) == 2 else None for s in shapes]
+
+
+def _check(function, *inputs, fast=False):
+    # The numerical Jacobian of an interpreted kernel is slow: random projections of it where the op repeats.
+    assert gradcheck(function, inputs, fast_mode=fast)
+    assert gradgradcheck(function, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_se(layout, activation, device):
+    x, residual = (_x(layout, device).requires_grad_() for _ in range(2))
+    _check(lambda x, r, *mlp: F.se(x, *mlp, residual=r, activation=activation), x, residual, *_mlp(device))
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("mlp_activation", ACTIVATIONS)
+def test_se_options(mlp_activation, gate, device):
+    x, (w1, _, w2, _) = _x("contiguous", device).requires_grad_(), _mlp(device, bias=False)
+    _check(
+        lambda x, w1, w2: F.se(x, w1, None, w2, None, mlp_activation=mlp_activation, gate=gate), x, w1, w2, fast=True
+    )
+
+
+@pytest.mark.parametrize("pools", ["avg", "max", "lp", "lse", "avg max lp lse"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_channel_gate(layout, pools, device):
+    x, fast = _x(layout, device).requires_grad_(), layout == "contiguous"
+    _check(lambda x, *mlp: F.channel_gate(x, *mlp, pool_types=pools.split()), x, *_mlp(device), fast=fast)
+
+
+def _functional_norm(norm, weight, bias):
+    """A BatchNorm2d of the kind that the kernels take, whose parameters gradcheck can move."""
+    norm = nn.BatchNorm2d(1, momentum=0.1, track_running_stats=norm.track_running_stats).to(weight).train(norm.training)
+    del norm.weight, norm.bias
+    norm.weight, norm.bias = weight, bias
+    return norm
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_spatial_gate(layout, training, device):
+    x, residual = (_x(layout, device).requires_grad_() for _ in range(2))
+    conv, weight, bias = (t.to(device).detach().requires_grad_() for t in (_leaf(1, 2, 3, 3), _leaf(1), _leaf(1)))
+    norm = nn.BatchNorm2d(1).train(training)
+
+    def function(x, residual, conv, weight, bias):
+        norm_now = _functional_norm(norm, weight, bias)
+        return F.spatial_gate(x, conv, norm_now, residual=residual, activation="relu")
+
+    _check(function, x, residual, conv, weight, bias, fast=layout == "channels_last")
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("pools", ["avg max", "avg max lp lse"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cbam(layout, pools, training, device):
+    x = _x(layout, device).requires_grad_()
+    conv, weight, bias = (t.to(device).detach().requires_grad_() for t in (_leaf(1, 2, 3, 3), _leaf(1), _leaf(1)))
+    norm = nn.BatchNorm2d(1).train(training)
+
+    def function(x, conv, weight, bias, *mlp):
+        return F.cbam(x, *mlp, conv, _functional_norm(norm, weight, bias), pool_types=pools.split())
+
+    slow = layout == "contiguous" and training and pools == "avg max"
+    _check(function, x, conv, weight, bias, *_mlp(device), fast=not slow)
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bam(layout, activation, device):
+    # 3 samples: BatchNorm over 2 leaves nothing but signs, whose derivative is 0.
+    module = attn_kernels.BAM(3, 2, num_layers=1, dilation_conv_num=1, dilation_val=1).double().to(device)
+    x = torch.randn(3, 3, 2, 2, dtype=torch.float64, device=device).contiguous(memory_format=LAYOUTS[layout])
+    residual = torch.randn_like(x).requires_grad_()
+    parameters = list(module.parameters())
+    fast = layout == "channels_last" or activation is None
+    _check(lambda x, r, *_: module(x, r, activation), x.requires_grad_(), residual, *parameters, fast=fast)
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_simam(layout, activation, device):
+    x, residual = (_x(layout, device).requires_grad_() for _ in range(2))
+    _check(lambda x, r: F.simam(x, 1e-2, residual=r, activation=activation), x, residual)

@@ -1,0 +1,215 @@
+"""What a user relies on beyond accuracy: ties, NaN, layouts, gradients asked for in any way, memory, determinism."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import attn_kernels
+from tests.harness import LAYOUTS, MODULES, pair, real_input, run
+
+
+@pytest.fixture(params=MODULES)
+def modules(request, device):
+    """The fused module and the reference's in float64, for 12 channels."""
+    fused, eager = pair(lambda kit: MODULES[request.param](kit, 12), device)
+    return fused.double(), eager.double()
+
+
+def _x(device, layout="contiguous", shape=(3, 12, 5, 7)):
+    return real_input(shape, torch.float64, layout, device)
+
+
+def _same(got, want):
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ties_give_the_references_gradient_element_for_element(modules, layout, device):
+    fused, eager = modules
+    x = _x(device, layout)
+    x[0] = 0  # a dead sample: every pool ties everywhere
+    x[1, :, 2] = 0  # a dead row: the channel maximum ties
+    x[2, 3] = 1.5  # a constant plane
+    x = x.round()  # and ties between equal numbers everywhere else
+    dy = torch.randn_like(x)
+    got, want = run(fused, x, None, "relu", dy), run(eager, x, None, "relu", dy)
+    _same(got.y, want.y)
+    for name in want.gradients:
+        _same(got.gradients[name], want.gradients[name])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nan_and_infinity_land_where_the_references_do(modules, layout, value, device):
+    fused, eager = (m.eval() for m in modules)
+    x = _x(device, layout)
+    x[1, 3, 2, 4] = value
+    x[1, 3, 4, 4] = value
+    dy = torch.randn_like(x)
+    got, want = run(fused, x, None, None, dy), run(eager, x, None, None, dy)
+    torch.testing.assert_close(got.y, want.y, rtol=1e-9, atol=1e-12, equal_nan=True)
+    assert want.y.isfinite()[0].all()
+    torch.testing.assert_close(
+        got.gradients["x"].isnan(), want.gradients["x"].isnan(), msg="NaN in dx where the reference has none"
+    )
+
+
+def test_relu_keeps_nan_and_its_gradient(device):
+    x = torch.tensor([[[[float("nan"), -1.0, 0.0, 2.0]]]], dtype=torch.float64, device=device)
+    fused, eager = attn_kernels.SimAM(), attn_kernels.SimAM.__mro__[1]()
+    residual = torch.tensor([[[[0.0, -1.0, float("nan"), -9.0]]]], dtype=torch.float64, device=device)
+    got, want = (run(m, x, residual, "relu", torch.ones_like(x)) for m in (fused, eager))
+    torch.testing.assert_close(got.y, want.y, equal_nan=True)
+    torch.testing.assert_close(got.gradients["residual"], want.gradients["residual"])
+
+
+def test_fp16_variance_does_not_overflow(device):
+    x = (200 * torch.randn(1, 2, 56, 56, device=device)).half()
+    y = attn_kernels.SimAM()(x)
+    expected = attn_kernels.SimAM()(x.double())
+    torch.testing.assert_close(y, expected.half(), rtol=2e-3, atol=0)
+
+
+def test_variance_of_a_far_mean_is_exact(device):
+    x = 1000 + torch.randn(1, 3, 31, 33, device=device)  # E[x^2] - E[x]^2 would leave one digit
+    torch.testing.assert_close(attn_kernels.SimAM()(x).double(), attn_kernels.SimAM()(x.double()), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_of_any_strides(modules, layout, device):
+    fused, eager = modules
+    x = _x(device, layout)
+    wide = torch.randn(3, 24, 5, 7, dtype=torch.float64, device=device)
+    for dy in (
+        torch.ones((), dtype=torch.float64, device=device).expand(x.shape),  # y.sum().backward()
+        wide[:, ::2],
+        wide[:, :12].contiguous(memory_format=torch.channels_last),
+        torch.randn(3, 12, 7, 5, dtype=torch.float64, device=device).transpose(2, 3),
+    ):
+        before = dy.clone()
+        got, want = run(fused, x, None, "relu", dy), run(eager, x, None, "relu", dy)
+        _same(got.gradients["x"], want.gradients["x"])
+        assert torch.equal(dy, before)
+
+
+def test_input_of_any_strides(modules, device):
+    fused, eager = (m.eval() for m in modules)
+    wide = torch.randn(3, 24, 10, 7, dtype=torch.float64, device=device)
+    for x in (
+        wide[:, ::2, ::2],
+        wide[:, :12].transpose(2, 3),
+        wide[:, :12].contiguous(memory_format=torch.channels_last)[:, :, 1:6],
+        wide[:1, :12, :5].expand(3, -1, -1, -1),
+    ):
+        residual = torch.randn_like(x).contiguous(memory_format=torch.channels_last)
+        _same(fused(x, residual, "relu"), eager(x, residual, "relu"))
+
+
+def test_nothing_is_modified(modules, device):
+    fused, _ = modules
+    x, residual = _x(device), _x(device)
+    dy = torch.randn_like(x)
+    before = [t.clone() for t in (x, residual, dy)]
+    run(fused, x, residual, "relu", dy)
+    assert all(torch.equal(t, b) for t, b in zip((x, residual, dy), before, strict=True))
+
+
+def test_residual_of_another_dtype(modules, device):
+    fused, eager = (m.eval() for m in modules)
+    x = _x(device)
+    residual = torch.randn_like(x).float().requires_grad_()
+    y = fused(x, residual)
+    _same(y, eager(x, residual))
+    assert torch.autograd.grad(y.sum(), residual)[0].dtype == torch.float32
+
+
+def test_only_what_is_asked_for_is_differentiated(modules, device):
+    fused, eager = modules
+    x, dy = _x(device), torch.randn_like(_x(device))
+    expected = run(eager, x, None, "relu", dy).gradients
+    # x alone
+    frozen = copy.deepcopy(fused).requires_grad_(False)
+    leaf = x.clone().requires_grad_()
+    frozen(leaf, None, "relu").backward(dy)
+    _same(leaf.grad, expected["x"])
+    # the parameters alone
+    if parameters := dict(fused.named_parameters()):
+        fused(x, None, "relu").backward(dy)
+        for name, p in parameters.items():
+            _same(p.grad, expected[name])
+    # the residual alone
+    leaf = torch.randn_like(x).requires_grad_()
+    y = frozen(x, leaf, "relu")
+    y.backward(dy)
+    _same(leaf.grad, dy * (y > 0))
+    # nothing
+    eager.load_state_dict(frozen.state_dict())
+    with torch.no_grad():
+        _same(frozen.eval()(leaf, None, "relu"), eager.eval()(leaf, None, "relu"))
+    with torch.inference_mode():
+        _same(frozen(x), eager(x))
+
+
+def test_saves_x_and_little_else(device):
+    x = torch.randn(2, 256, 14, 14, device=device).requires_grad_()
+    residual = torch.randn_like(x).requires_grad_()
+    for name in ("SE", "CBAM", "BAM", "SimAM"):
+        module = getattr(attn_kernels, name)(256).to(device)
+        kept = {p.untyped_storage().data_ptr() for p in (x, *module.parameters())}
+        saved = {}
+
+        def pack(t, kept=kept, saved=saved):
+            if t.untyped_storage().data_ptr() not in kept:
+                saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            module(x, residual, "relu")
+        share = sum(saved.values()) / (x.numel() * x.element_size())
+        # One bit an element is 1/32 of fp32; BAM's branches keep six maps of a sixteenth of the channels.
+        assert share < (0.45 if name == "BAM" else 0.07), f"{name} saves {share:.1%} of x"
+
+
+def test_bitwise_reproducible(modules, device):
+    fused, _ = modules
+    x, dy = _x(device, shape=(3, 12, 19, 23)), torch.randn(3, 12, 19, 23, dtype=torch.float64, device=device)
+    x, dy, fused = x.float(), dy.float(), fused.float()
+    first = run(copy.deepcopy(fused), x, x, "relu", dy)
+    for _ in range(50 if device.type == "cuda" else 2):
+        again = run(copy.deepcopy(fused), x, x, "relu", dy)
+        assert torch.equal(first.y, again.y)
+        assert all(torch.equal(first.gradients[k], again.gradients[k]) for k in first.gradients)
+        assert all(torch.equal(first.buffers[k], again.buffers[k]) for k in first.buffers)
+
+
+def test_batch_of_zero(modules, device):
+    fused, eager = (m.eval() for m in modules)
+    x = torch.zeros(0, 12, 5, 7, dtype=torch.float64, device=device).requires_grad_()
+    y = fused(x, x, "relu")
+    assert y.shape == x.shape
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert all(p.grad is None or not p.grad.any() for p in eager.parameters())
+
+
+def test_batch_statistics_are_counted_once(device):
+    fused, eager = pair(lambda kit: kit.CBAM(12, 4), device)
+    for module in (fused, eager):
+        module.SpatialGate.spatial.bn.momentum = None  # the cumulative average
+    for step in range(3):
+        x = real_input((3, 12, 5, 7), torch.float32, "contiguous", device)
+        version = fused.SpatialGate.spatial.bn.running_mean._version
+        fused(x).sum().backward()
+        eager(x)
+        assert fused.SpatialGate.spatial.bn.num_batches_tracked.item() == step + 1
+        assert fused.SpatialGate.spatial.bn.running_mean._version > version
+        for got, want in zip(fused.buffers(), eager.buffers(), strict=True):
+            torch.testing.assert_close(got, want)
+
+
+def test_sync_batch_norm_falls_back(device):
+    module = nn.SyncBatchNorm.convert_sync_batchnorm(attn_kernels.CBAM(12)).to(device).eval()
+    assert isinstance(module.SpatialGate.spatial.bn, nn.SyncBatchNorm)
+    assert module(real_input((3, 12, 5, 7), torch.float32, "contiguous", device)).isfinite().all()
