@@ -96,8 +96,8 @@ def test_cbam(layout, pools, training, device):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bam(layout, activation, device):
     # 3 samples: BatchNorm over 2 leaves nothing but signs, whose derivative is 0.
-    module = attn_kernels.BAM(3, 2, num_layers=1, dilation_conv_num=1, dilation_val=1).double().to(device)
-    x = torch.randn(3, 3, 2, 2, dtype=torch.float64, device=device).contiguous(memory_format=LAYOUTS[layout])
+    module = attn_kernels.BAM(2, 2, num_layers=1, dilation_conv_num=1, dilation_val=1).double().to(device)
+    x = torch.randn(3, 2, 1, 2, dtype=torch.float64, device=device).contiguous(memory_format=LAYOUTS[layout])
     residual = torch.randn_like(x).requires_grad_()
     parameters = list(module.parameters())
     fast = layout == "channels_last" or activation is None
