@@ -1,7 +1,8 @@
 """The functional forms of ``reference``, by the fused operators where they apply and by the reference elsewhere.
 
 The fused path needs ``x`` on a CUDA device (or on the CPU with ``TRITON_INTERPRET=1``), Triton, a float dtype and at
-least one element; export, tracing and functorch transforms see the reference formula, that is plain operators.
+least one element; export, tracing, forward-mode differentiation and functorch transforms see the reference formula,
+that is plain operators.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import reference
 from reference.bam import check_bam
@@ -38,6 +40,10 @@ def is_fused(x: Tensor) -> bool:
     return (
         x.device.type in _DEVICES
         and x.numel() > 0
+        # Offsets within a sample, and within the maps of a batch, are 32 bits wide.
+        and x.shape[1] * x.shape[2] * x.shape[3] < 2**30
+        and x.shape[0] * x.shape[2] * x.shape[3] < 2**29
+        and forward_ad._current_level < 0
         and not torch.compiler.is_exporting()
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()

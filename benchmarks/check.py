@@ -25,6 +25,7 @@ import reference
 import reference.models
 from benchmarks.accuracy import Verdict, compare
 from benchmarks.device import prepare
+from benchmarks.meter import meter
 from benchmarks.photo import MAPS, batch, feature_maps
 from benchmarks.report import (
     Case,
@@ -38,7 +39,6 @@ from benchmarks.report import (
     traffic_table,
 )
 from benchmarks.timing import device_time, input_sets
-from benchmarks.traffic import meter
 
 MODULES = ("SE", "BAM", "CBAM", "SimAM")
 NETWORK = "network"

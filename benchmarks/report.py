@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.accuracy import Verdict
-from benchmarks.traffic import Traffic
+from benchmarks.meter import Traffic
 
 NOT_MEASURED = "not measured"
 

@@ -1,195 +1,454 @@
-"""Bytes touched and kernels launched, counted without a GPU.
+"""Bytes that every module moves, counted without a GPU: eager PyTorch, torch.compile and the fused kernels.
 
-Triton kernels are counted exactly: every lane of a load, a store or an atomic that its mask lets through, as the
-interpreter runs them. An aten operator counts as one launch that reads each operand and writes each result once, which
-is what eager PyTorch does at least.
+Touched bytes are those of all loads and stores, in units of N, the bytes of x; distinct ones count once a launch, as
+in Inductor's accounting and in eager's. DRAM bytes are what is left of the touched behind a model of the device's L2:
+an LRU over 32-byte sectors, empty before and written back after forward and backward each, at half the nominal
+capacity, for programs in flight share it. What runs is a slice of the device and of a batch of 64: as small a part of
+the multiprocessors and of L2 as of the elements, so that N / L2 is that of the whole. A slice has fewer channels, so
+that its parameters weigh little: what programs read of them again and again weighs more on a whole one (--shape).
+The exit status is 1 if a fused module moves more distinct bytes than torch.compile or than its budget allows.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+import argparse
+import csv
+import hashlib
+import itertools
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor, nn
 
-ALLOCATIONS = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"}
-OVERWRITES = {"copy_", "fill_", "zero_"}  # other operators in place read what they change
-CPU_KERNEL = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+import reference
+from benchmarks.cache import Cache
+from benchmarks.check import DTYPES, LAYOUTS, forward_backward
+from benchmarks.meter import Traffic, meter
+from benchmarks.provenance import command, commit, versions
+from benchmarks.report import NOT_MEASURED
+
+RESULTS = Path(__file__).parent / "results"
+MODES = ("train", "eval")
+DIRECTIONS = ("forward", "backward")
+PROVIDERS = {"eager": ("eager", "#9aa5b1"), "compile": ("torch.compile", "#e8a33d"), "fused": ("fused", "#2f6fb5")}
+BATCH = 64
+MB = 1024**2
 
 
-@dataclass
-class Launch:
-    """One kernel launch and the bytes that it loads and stores."""
+class Device(NamedTuple):
+    """A GPU's L2 in MB and its multiprocessors."""
+
+    l2: int
+    multiprocessors: int
+
+
+DEVICES = {
+    "A100": Device(40, 108),
+    "H100": Device(50, 132),
+    "L4": Device(48, 58),
+    "RTX 4090": Device(72, 128),
+}
+
+
+class Op(NamedTuple):
+    """A module, with the end of a residual block behind it or without, and its budget in units of N."""
+
+    module: str
+    forward: float
+    backward: float
+    tail: bool = False
+    # Where it differs in channels_last with planes that no program holds.
+    forward_channels_last: float | None = None
+    backward_channels_last: float | None = None
+
+
+OPS = {
+    "SE": Op("SE", 3, 4),
+    "SE+add+ReLU": Op("SE", 4, 5.1, tail=True),
+    "CBAM": Op("CBAM", 4, 6),
+    "BAM": Op("BAM", 4 + 1, 8),  # 4 for x, and what PyTorch moves of its branches' maps, 20 times a sixteenth of x
+    "SimAM": Op("SimAM", 2, 3, forward_channels_last=3, backward_channels_last=5),
+}
+# Of the budget: parameters, gates and maps, which are not full-size. A slice has half of the channels and fewer, so
+# that its maps, of one value a pixel, weigh twice and more what they do on the whole.
+SMALL = 0.12
+
+
+class Stage(NamedTuple):
+    """What ResNet-50 gives to attention, (C, H, W), and the part of it that runs, (N, C, H, W)."""
+
+    map: tuple[int, int, int]
+    runs: tuple[int, int, int, int]
+
+
+# The slices have channels enough that maps of one value a pixel weigh little, and samples enough that weights do.
+STAGES = {
+    "stage1": Stage((256, 56, 56), (1, 128, 56, 56)),
+    "stage2": Stage((512, 28, 28), (2, 256, 28, 28)),
+    "stage3": Stage((1024, 14, 14), (8, 256, 14, 14)),
+    "stage4": Stage((2048, 7, 7), (32, 256, 7, 7)),
+}
+
+
+class Case(NamedTuple):
+    """One module on one shape. ``train`` is forward and backward, ``eval`` forward alone, without gradients."""
+
+    op: str
+    stage: str
+    shape: tuple[int, int, int, int]
+    slice: float
+    layout: str
+    mode: str
+    dtype: str
+    device: str
+
+    @property
+    def budget(self) -> tuple[float, ...]:
+        """In units of N, forward (and backward)."""
+        op = OPS[self.op]
+        passes = op.forward, op.backward
+        if op.forward_channels_last and self.layout == "channels_last" and self.shape[2] * self.shape[3] > 512:
+            passes = op.forward_channels_last, op.backward_channels_last
+        return passes if self.mode == "train" else passes[:1]
+
+
+class Pass(NamedTuple):
+    """Forward or backward: launches, and bytes in units of N. Nothing runs of torch.compile, behind no cache then."""
+
+    launches: int
+    touched: float
+    distinct: float | None = None  # touched at least once in a launch: what Inductor's accounting and eager's count
+    dram: float | None = None
+
+    @property
+    def moved(self) -> float:
+        """What is judged: distinct bytes, as those of Inductor are, which knows no others."""
+        return self.touched if self.distinct is None else self.distinct
+
+
+class Kernel(NamedTuple):
+    """One launch of the fused module, in units of N."""
 
     name: str
-    triton: bool
-    loaded: int = 0
-    stored: int = 0
+    loaded: float
+    stored: float
+    fetched: float
 
 
-@dataclass
-class Traffic:
-    """All launches that a :func:`meter` has seen, in order, and their totals in bytes."""
+class Result(NamedTuple):
+    """A case's passes by provider, and the kernels of the fused one by pass."""
 
-    per_launch: list[Launch] = field(default_factory=list)
-
-    @property
-    def triton_launches(self) -> list[str]:
-        """The names of the Triton kernels launched."""
-        return [launch.name for launch in self.per_launch if launch.triton]
+    case: Case
+    passes: dict[str, list[Pass]]
+    kernels: list[list[Kernel]]
 
     @property
-    def aten_launches(self) -> list[str]:
-        """The names of the aten operators that launch a kernel."""
-        return [launch.name for launch in self.per_launch if not launch.triton]
+    def complaints(self) -> list[str]:
+        """What the fused module does too much of."""
+        fused = [p.moved for p in self.passes["fused"]]
+        found = [
+            f"{name} moves {moved:.2f}N, the budget is {budget:g}N + {SMALL:.0%}"
+            for name, moved, budget in zip(DIRECTIONS, fused, self.case.budget, strict=False)
+            if moved > budget * (1 + SMALL)
+        ]
+        if "compile" in self.passes and sum(fused) > (allowed := sum(p.moved for p in self.passes["compile"])):
+            found.append(f"{sum(fused):.2f}N in all, torch.compile {allowed:.2f}N")
+        return found
 
-    @property
-    def launches(self) -> int:
-        return len(self.per_launch)
 
-    @property
-    def loaded(self) -> int:
-        return sum(launch.loaded for launch in self.per_launch)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "example: python -m benchmarks traffic --op SE CBAM --stage stage3 --device L4 --kernels"
+    parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS))
+    parser.add_argument("--stage", nargs="+", choices=STAGES, default=list(STAGES), help="of ResNet-50")
+    parser.add_argument("--shape", type=_shape, metavar="NxCxHxW", help=f"run this part of a batch of {BATCH} instead")
+    parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of x (default: float16)")
+    parser.add_argument("--device", choices=DEVICES, default="H100", help="whose L2 is modelled (default: H100)")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--kernels", action="store_true", help="list what each fused kernel moves")
 
-    @property
-    def stored(self) -> int:
-        return sum(launch.stored for launch in self.per_launch)
 
-    @property
-    def touched(self) -> int:
-        return self.loaded + self.stored
+def _shape(text: str) -> tuple[int, ...]:
+    shape = tuple(int(part) for part in text.split("x"))
+    if len(shape) != 4 or min(shape) < 1:
+        raise argparse.ArgumentTypeError(f"expected NxCxHxW, got {text}")
+    return shape
+
+
+def cases(arguments: argparse.Namespace) -> Iterator[Case]:
+    """What the arguments ask for; what takes longest comes first, so that no worker is left alone with it."""
+    if arguments.shape:
+        places = [("", arguments.shape, arguments.shape[0] / BATCH)]
+    else:
+        stages = {name: STAGES[name] for name in arguments.stage}
+        places = [(name, s.runs, s.runs[0] * s.runs[1] / (BATCH * s.map[0])) for name, s in stages.items()]
+    selection = itertools.product(arguments.mode, places, arguments.op, arguments.layout)
+    for mode, (stage, shape, part), op, layout in selection:
+        if op == "BAM" and shape[0] == 1:  # its BatchNorm wants two samples
+            shape, part = (2, *shape[1:]), 2 * part
+        yield Case(op, stage, shape, part, layout, mode, arguments.dtype, arguments.device)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    os.environ["TRITON_INTERPRET"] = "1"  # for the workers; on a machine with a GPU too
+    todo = list(cases(arguments))
+    compiled = not arguments.no_compile
+    console = Console(width=None if sys.stdout.isatty() else 170, highlight=False)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    spawn, workers = multiprocessing.get_context("spawn"), min(os.cpu_count() or 1, len(todo))
+    known = recorded(RESULTS / "traffic.csv")
+    results: dict[Case, Result] = {}
+    with (
+        ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (1,)) as pool,
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
+    ):
+        task = progress.add_task("traffic", total=len(todo))
+        for future in as_completed(
+            [pool.submit(measure, case, compiled and place(case) not in known) for case in todo]
+        ):
+            result = future.result()
+            if compiled:
+                result.passes.setdefault("compile", known.get(place(result.case)))
+            results[result.case] = result
+            progress.update(task, advance=1, description=f"{result.case.op} {result.case.stage}")
+    ordered = [results[case] for case in todo]
+
+    console.print(traffic_table(ordered))
+    if arguments.kernels:
+        console.print(kernel_table(ordered))
+    console.print(provenance(), soft_wrap=True, style="dim")
+    if compiled and not arguments.shape and len(todo) == len(OPS) * len(STAGES) * len(LAYOUTS) * len(MODES):
+        save(ordered, RESULTS / "traffic.csv")
+        draw(ordered, RESULTS / "traffic.png")
+        console.print("Written to benchmarks/results: traffic.csv, traffic.png")
+    for result in ordered:
+        for complaint in result.complaints:
+            console.print(f"OVER {' '.join(place(result.case))}: {complaint}", style="red", soft_wrap=True)
+    return 1 if any(result.complaints for result in ordered) else 0
+
+
+def measure(case: Case, compiled: bool = True) -> Result:
+    """Run one case under the interpreter, eager too and, if ``compiled``, by Inductor's accounting."""
+    import attn_kernels  # here, for TRITON_INTERPRET has to be set before
+
+    device, op = DEVICES[case.device], OPS[case.op]
+    torch.manual_seed(0)
+    eager, fused = (
+        getattr(kit, op.module)(case.shape[1]).train(case.mode == "train") for kit in (reference, attn_kernels)
+    )
+    x, residual, dy = (
+        torch.randn(case.shape).to(DTYPES[case.dtype]).contiguous(memory_format=LAYOUTS[case.layout]) for _ in range(3)
+    )
+    passes_of = partial(_passes, x=x, residual=residual if op.tail else None, dy=dy, mode=case.mode)
+    capacity = int(device.l2 * MB / 2 * case.slice)
+
+    passes, kernels = {}, []
+    for provider, module in (("eager", eager), ("fused", fused)):
+        with _multiprocessors(max(round(device.multiprocessors * case.slice), 1)):
+            seen = passes_of(module, count=lambda: meter(Cache(capacity)))
+        passes[provider] = [
+            Pass(t.launches, *(size / x.nbytes for size in (t.touched, t.cache.distinct, t.dram))) for t in seen
+        ]
+    for traffic in seen:
+        launches = [(launch.name, launch.loaded, launch.stored, launch.fetched) for launch in traffic.per_launch]
+        kernels.append([Kernel(name, *(size / x.nbytes for size in sizes)) for name, *sizes in launches])
+    if compiled:
+        from benchmarks import inductor  # here, for it imports Triton
+
+        passes["compile"] = [Pass(g.launches, g.touched / x.nbytes) for g in inductor.graphs(eager, passes_of)]
+    return Result(case, passes, kernels)
+
+
+def _passes(
+    module: nn.Module, x: Tensor, residual: Tensor | None, dy: Tensor, mode: str, count: Callable = nullcontext
+) -> tuple[Traffic, ...]:
+    """What ``count`` sees of each pass."""
+    if mode == "train":
+        return forward_backward(module, x, residual, dy, count)[1]
+    with torch.no_grad(), count() as traffic:
+        module(x, residual, None if residual is None else "relu")
+    return (traffic,)
 
 
 @contextmanager
-def meter() -> Iterator[Traffic]:
-    """Count what is launched inside the block, in this thread (on the CPU backward runs in it too).
-
-    Raises:
-        RuntimeError: Triton does not interpret its kernels, whose launches would go uncounted.
-    """
-    import triton  # here, for Triton itself has to be imported after TRITON_INTERPRET is set
-    from triton.runtime import interpreter
-
-    if not triton.knobs.runtime.interpret:
-        raise RuntimeError("meter() counts in Triton's interpreter: set TRITON_INTERPRET=1 before Triton is imported")
-    traffic = Traffic()
-    aten = _AtenMeter(traffic)
-    builder = interpreter.InterpreterBuilder
+def _multiprocessors(count: int) -> Iterator[None]:
+    """Let the launchers choose tiles for a device of this size, instead of the interpreter's one multiprocessor."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("attn_kernels.ops.")]
+    asked = [module for module in modules if hasattr(module, "multiprocessors")]
+    assert asked, "the launchers ask elsewhere for the number of multiprocessors"
     with ExitStack() as stack:
-        for owner, name, wrap in (
-            (interpreter.GridExecutor, "__call__", _count_launches(traffic, aten)),
-            (builder, "create_masked_load", _count_lanes(traffic, pointers=0, mask=1, loads=True)),
-            (builder, "create_masked_store", _count_lanes(traffic, pointers=0, mask=2, stores=True)),
-            (builder, "create_atomic_rmw", _count_lanes(traffic, pointers=1, mask=3, loads=True, stores=True)),
-            (builder, "create_atomic_cas", _count_lanes(traffic, pointers=0, mask=None, loads=True, stores=True)),
-        ):
-            original = getattr(owner, name)
-            stack.callback(setattr, owner, name, original)
-            setattr(owner, name, wrap(original))
-        stack.enter_context(aten)
-        yield traffic
+        for module in asked:
+            stack.enter_context(patch.object(module, "multiprocessors", lambda x: count))
+        yield
 
 
-def _count_launches(traffic: Traffic, aten: _AtenMeter) -> Callable[[Callable], Callable]:
-    def wrap(call):
-        def counted(executor, *args, **kwargs):
-            traffic.per_launch.append(Launch(executor.fn.__name__, triton=True))
-            # The interpreter copies arguments by aten operators that no GPU would run.
-            with aten.paused():
-                return call(executor, *args, **kwargs)
-
-        return counted
-
-    return wrap
+def provenance() -> str:
+    found = ", ".join(f"{package} {version}" for package, version in versions().items())
+    return f"Counted in Triton's interpreter, no GPU involved: {found}, commit {commit()}: {command()}"
 
 
-def _count_lanes(
-    traffic: Traffic, *, pointers: int, mask: int | None, loads: bool = False, stores: bool = False
-) -> Callable[[Callable], Callable]:
-    """Wrap a method of the interpreter's builder, given the positions of its pointers and mask."""
-
-    def wrap(access):
-        def counted(builder, *args, **kwargs):
-            handle = args[pointers]
-            # The mask of a block pointer is a bare array, whose ``data`` is its buffer.
-            active = True if mask is None else np.asarray(args[mask].data)
-            lanes = int(np.count_nonzero(np.broadcast_to(active, handle.data.shape)))
-            size = lanes * max(1, handle.get_element_ty().primitive_bitwidth // 8)
-            launch = traffic.per_launch[-1]
-            launch.loaded += size if loads else 0
-            launch.stored += size if stores else 0
-            return access(builder, *args, **kwargs)
-
-        return counted
-
-    return wrap
-
-
-class _AtenMeter(TorchDispatchMode):
-    """Counts the aten operators that launch a kernel on a GPU, those inside other libraries' operators too."""
-
-    def __init__(self, traffic: Traffic):
-        super().__init__()
-        self.traffic, self.is_paused = traffic, False
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        self.is_paused = True
-        try:
-            yield
-        finally:
-            self.is_paused = False
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if self.is_paused:
-            return func(*args, **kwargs)
-        if func.namespace != "aten":
-            # Straight to the operator's own kernel, with the mode on again: it is off in here.
-            with self:
-                return func.redispatch(CPU_KERNEL, *args, **kwargs)
-        result = func(*args, **kwargs)
-        read, written = _operands(func, args, kwargs, result)
-        if any(t.numel() for t in written):
-            launch = Launch(func._schema.name.removeprefix("aten::"), triton=False)
-            launch.loaded, launch.stored = sum(map(_bytes, read)), sum(map(_bytes, written))
-            self.traffic.per_launch.append(launch)
-        return result
+def traffic_table(results: Sequence[Result]) -> Table:
+    """A row a case; forward + backward in training, forward in eval."""
+    first = results[0].case
+    table = Table(
+        title=f"Bytes in units of x ({first.dtype}), forward + backward in training; DRAM: behind {first.device}'s L2",
+        caption=f"A device's and a batch of {BATCH}'s slice runs; the budget is of distinct bytes, + {SMALL:.0%} for "
+        "what is not full-size. What eager and the fused module leave to PyTorch counts operands once.",
+        box=box.SIMPLE_HEAD,
+    )
+    for name in ("op", "runs", "slice", "layout", "mode"):
+        table.add_column(name, no_wrap=True)
+    for name in ("eager", "compile", "fused", "distinct", "budget", "DRAM eager", "fused", "launches e, c, f"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for case, passes, _ in results:
+        complaints = Result(case, passes, []).complaints
+        touched = {provider: "+".join(f"{p.touched:.2f}" for p in found) for provider, found in passes.items()}
+        dram = {provider: "+".join(f"{p.dram:.2f}" for p in passes[provider]) for provider in ("eager", "fused")}
+        launches = ("+".join(str(p.launches) for p in passes[name]) for name in PROVIDERS if name in passes)
+        table.add_row(
+            case.op,
+            _text(case.shape),
+            f"1/{round(1 / case.slice)}",
+            case.layout,
+            case.mode,
+            touched["eager"],
+            touched.get("compile", NOT_MEASURED),
+            f"[red]{touched['fused']}[/]" if complaints else touched["fused"],
+            "+".join(f"{p.distinct:.2f}" for p in passes["fused"]),
+            "+".join(f"{budget:g}" for budget in case.budget),
+            dram["eager"],
+            dram["fused"],
+            ", ".join(launches),
+        )
+    return table
 
 
-def _operands(func: OpOverload, args: tuple, kwargs: dict, result: object) -> tuple[list[Tensor], list[Tensor]]:
-    """The tensors whose elements an aten operator reads, and those that it writes: none of a view or an allocation."""
-    name = func._schema.name.removeprefix("aten::")
-    if name in ALLOCATIONS or torch.Tag.inplace_view in func.tags:
-        return [], []
-    takes_shape_only = name.endswith("_like") or name.startswith("new_")
-    read, written, storages = [], [], set()
-    for position, argument in enumerate(func._schema.arguments):
-        value = args[position] if position < len(args) else kwargs.get(argument.name)
-        tensors = _tensors(value)
-        storages.update(t.untyped_storage()._cdata for t in tensors)
-        is_changed = argument.alias_info is not None and argument.alias_info.is_write
-        if is_changed:
-            written += tensors
-        if not takes_shape_only and not (is_changed and (argument.is_out or name in OVERWRITES)):
-            read += tensors
-    # What shares an operand's memory is a view of it, or was counted as changed.
-    written += [t for t in _tensors(result) if t.untyped_storage()._cdata not in storages]
-    return read, written
+def kernel_table(results: Sequence[Result]) -> Table:
+    """What each launch of the fused modules moves."""
+    table = Table(title="Launches of the fused modules, in units of x", box=box.SIMPLE_HEAD)
+    for name in ("op", "runs", "layout", "mode", "pass", "launch"):
+        table.add_column(name, no_wrap=True)
+    for name in ("loads", "stores", "fetched from DRAM"):
+        table.add_column(name, justify="right")
+    for case, _, kernels in results:
+        table.add_section()
+        for direction, launches in zip(DIRECTIONS, kernels, strict=False):
+            for name, *sizes in launches:
+                table.add_row(*place(case)[:4], direction, name, *(f"{size:.3f}" for size in sizes))
+    return table
 
 
-def _tensors(tree: object) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+def place(case: Case) -> tuple[str, ...]:
+    """A case's name in tables and files."""
+    return case.op, _text(case.shape), case.layout, case.mode, case.dtype
 
 
-def _bytes(t: Tensor) -> int:
-    """The bytes of memory behind a tensor; an expanded dimension is one element long."""
-    sizes = [size for size, stride in zip(t.shape, t.stride(), strict=True) if stride != 0 or size == 0]
-    return t.element_size() * math.prod(sizes)
+PLACE = ("op", "shape", "layout", "mode", "dtype")
+COUNTS = [f"{what}_{direction}" for what in Pass._fields for direction in DIRECTIONS]
+
+
+def save(results: Iterable[Result], path: Path) -> None:
+    """A row a provider of a case."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    where = {**versions(), "reference": _reference(), "commit": commit(), "command": command()}
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*PLACE, "stage", "slice", "l2", "provider", *COUNTS, *where])
+        for case, passes, _ in results:
+            for provider in PROVIDERS:
+                counts = [
+                    _number(getattr(passes[provider][i], what)) if i < len(passes[provider]) else ""
+                    for what in Pass._fields
+                    for i in range(len(DIRECTIONS))
+                ]
+                model = case.stage, f"1/{round(1 / case.slice)}", case.device
+                writer.writerow([*place(case), *model, provider, *counts, *where.values()])
+
+
+def recorded(path: Path) -> dict[tuple[str, ...], list[Pass]]:
+    """What torch.compile touched, by place: with the same PyTorch and reference it need not compile again."""
+    if not path.is_file():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["provider"] == "compile"]
+    return {
+        tuple(row[name] for name in PLACE): [
+            Pass(int(row[f"launches_{direction}"]), float(row[f"touched_{direction}"]))
+            for direction in DIRECTIONS
+            if row[f"touched_{direction}"]
+        ]
+        for row in rows
+        if (row["torch"], row["reference"]) == (versions()["torch"], _reference())
+    }
+
+
+def _reference() -> str:
+    """A digest of the reference's sources."""
+    files = sorted(Path(reference.__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
+def _number(value: float | None) -> str:
+    return NOT_MEASURED if value is None else f"{value:.9g}"
+
+
+def draw(results: Sequence[Result], path: Path) -> None:
+    """Touched bytes of a training step by op and provider, a panel a layout; means over the stages."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(len(LAYOUTS), 1, figsize=(9, 7.2), sharex=True, layout="constrained")
+    width = 0.8 / len(PROVIDERS)
+    for panel, layout in zip(panels, LAYOUTS, strict=True):
+        for i, (provider, (label, colour)) in enumerate(PROVIDERS.items()):
+            for place, op in enumerate(OPS):
+                found = [
+                    r.passes[provider]
+                    for r in results
+                    if (r.case.op, r.case.layout, r.case.mode) == (op, layout, "train")
+                ]
+                forward, backward = (sum(p[j].moved for p in found) / len(found) for j in range(2))
+                x = place + (i - (len(PROVIDERS) - 1) / 2) * width
+                panel.bar(x, forward, width * 0.94, color=colour, label=label if place == 0 else None)
+                panel.bar(x, backward, width * 0.94, bottom=forward, color=colour, alpha=0.55)
+                total = forward + backward
+                panel.annotate(f"{total:.1f}", (x, total), (0, 2), textcoords="offset points", ha="center", fontsize=9)
+        panel.set_title(layout, loc="left", fontsize=11, fontweight="bold")
+        panel.set_ylabel("bytes moved / bytes of x")
+        panel.set_xticks(range(len(OPS)), OPS)
+        panel.tick_params(axis="x", length=0, labelbottom=True)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.margins(y=0.1)
+    panels[0].legend(frameon=False, title="full colour: forward, light: backward")
+    case, runs = results[0].case, ", ".join(dict.fromkeys(_text(result.case.shape) for result in results))
+    figure.suptitle("Memory traffic of a training step (mean over slices of ResNet-50's four stages)", fontsize=13)
+    found = ", ".join(f"{package} {version}" for package, version in versions().items())
+    figure.supxlabel(
+        f"{case.dtype}, {runs}\nCounted without a GPU: operand sizes (eager), Inductor's accounting (torch.compile), "
+        f"every sector once a launch (fused)\n{found}, commit {commit()}, {command()}",
+        fontsize=8,
+        color="0.35",
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _text(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))

@@ -68,8 +68,25 @@ def channel_logits(mean: Tensor, gate_c: nn.Sequential) -> Tensor:
 
 
 def spatial_logits(reduced: Tensor, gate_s: nn.Sequential) -> Tensor:
-    """(N, 1, H, W) spatial logits of the (N, h, H, W) reduced map, in the dtype of the parameters."""
-    return gate_s[1:](like_parameters(reduced, gate_s))
+    """(N, 1, H, W) spatial logits of the (N, h, H, W) reduced map, whose dtype the maps in between keep."""
+    t = reduced
+    for layer in gate_s[1:]:
+        state = next(layer.parameters(), None)
+        # BatchNorm takes a 16-bit map with parameters in float32.
+        mixes = isinstance(layer, nn.BatchNorm2d) and t.element_size() == 2
+        if state is None or state.dtype == t.dtype or (mixes and state.dtype == torch.float32):
+            t = layer(t)
+        elif isinstance(layer, nn.Conv2d):
+            t = convolve(t, layer)
+        else:
+            t = layer(t.to(state.dtype)).to(t.dtype)
+    return t
+
+
+def convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """The convolution in ``x``'s dtype, whatever its parameters'."""
+    bias = None if conv.bias is None else conv.bias.to(x.dtype)
+    return F.conv2d(x, conv.weight.to(x.dtype), bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def bam(
@@ -99,8 +116,7 @@ def bam(
             BatchNorm.
     """
     check_bam(x, gate_c, gate_s, residual=residual, activation=activation)
-    reduce = gate_s[0]
-    reduced = F.conv2d(x, reduce.weight.to(x.dtype), None if reduce.bias is None else reduce.bias.to(x.dtype))
+    reduced = convolve(x, gate_s[0])
     channel = channel_logits(x.mean((2, 3), dtype=accumulation_dtype(x)), gate_c)[:, :, None, None]
     spatial = spatial_logits(reduced, gate_s)
     attention = 1 + torch.sigmoid(channel.to(x.dtype) * spatial.to(x.dtype))

@@ -75,8 +75,9 @@ def check_spatial_gate(x, conv_weight, norm, *, residual=None, activation=None):
     if isinstance(norm, nn.BatchNorm2d):
         if norm.num_features != 1:
             raise ValueError(f"norm: expected BatchNorm2d of 1 channel, got {norm.num_features}")
-        for state in (*norm.parameters(), *norm.buffers()):
-            check_device("norm", state, x)
+        for state in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            if state is not None:
+                check_device("norm", state, x)
     check_batch_statistics(norm, x, x.shape[0] * x.shape[2] * x.shape[3])
 
 

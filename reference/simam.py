@@ -12,7 +12,7 @@ from reference._common import accumulation_dtype, check_input, tail
 
 def check_lambda(e_lambda: float) -> None:
     """Raise ValueError unless ``e_lambda`` is a finite number >= 0."""
-    if not (isinstance(e_lambda, int | float) and math.isfinite(e_lambda) and e_lambda >= 0):
+    if not (isinstance(e_lambda, int | float) and 0 <= e_lambda < math.inf):
         raise ValueError(f"e_lambda: expected a finite number >= 0, got {e_lambda!r}")
 
 

@@ -15,9 +15,9 @@ import reference.models
 from benchmarks.__main__ import main
 from benchmarks.accuracy import compare
 from benchmarks.device import prepare
+from benchmarks.meter import meter
 from benchmarks.photo import MAPS, batch, feature_maps, photograph
 from benchmarks.report import Case, Cost, time_table
-from benchmarks.traffic import meter
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="counts in Triton's interpreter")
 

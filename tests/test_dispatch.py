@@ -1,5 +1,7 @@
 """Which calls are fused, and that the others run the reference formula, silently and correctly."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -64,6 +66,42 @@ def test_vmap_and_grad_of_torch_func(modules, device):
     torch.testing.assert_close(torch.func.vmap(fused)(x), torch.func.vmap(eager)(x))
     got, want = (torch.func.grad(lambda x, m=m: m(x).square().sum())(x[0]) for m in (fused, eager))
     torch.testing.assert_close(got, want)
+
+
+def test_forward_mode(modules, device):
+    fused, eager = modules
+    x, tangent = _x(device), _x(device)
+    got, want = (torch.func.jvp(m, (x,), (tangent,)) for m in (fused, eager))
+    torch.testing.assert_close(got, want)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        outputs = [torch.autograd.forward_ad.unpack_dual(m(dual)).tangent for m in (fused, eager)]
+    torch.testing.assert_close(*outputs)
+
+
+def test_opcheck(device, monkeypatch):
+    """Every operator, on the arguments that the modules call it with."""
+    from attn_kernels.ops import bam, cbam, channel_gate, simam
+
+    seen = set()
+    for owner, name in (
+        (channel_gate, "forward_op"), (channel_gate, "backward_op"), (cbam, "forward_op"), (cbam, "backward_op"),
+        (simam, "forward_op"), (simam, "backward_op"), (bam, "apply_op"), (bam, "apply_backward_op"),
+        (bam, "mean_op"), (bam, "squeeze_backward_op"),
+    ):  # fmt: skip
+
+        def checked(*args, op):
+            detached = tuple(a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args)
+            torch.library.opcheck(op, detached, test_utils=("test_schema", "test_faketensor"))
+            seen.add(op)
+            return op(*args)
+
+        monkeypatch.setattr(owner, name, functools.partial(checked, op=getattr(owner, name)))
+    for build in MODULES.values():
+        module = build(attn_kernels, 12).to(device)
+        module(_x(device).requires_grad_(), _x(device).requires_grad_(), "relu").sum().backward()
+        module.eval()(_x(device))
+    assert len(seen) == 10
 
 
 def test_export_sees_plain_operators(modules, device):

@@ -48,11 +48,16 @@ def test_one_pixel(module, layout, dtype, device):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("module", MODULES)
 def test_planes_and_channels_larger_than_a_tile(module, layout, dtype, device, monkeypatch):
+    clear = [f.cache_clear for f in (_config.plane_tile, _config.pixel_tile, _config.whole_plane_tile)]
+    for cache_clear in clear:
+        cache_clear()
     monkeypatch.setattr(_config, "TILE", 512)
     monkeypatch.setattr(cbam, "CONV_PROGRAMS", 3)
     shape = (2, 5, 45, 47) if module == "simam" else (2, 19, 17, 31)
     build = lambda kit: MODULES[module](kit, shape[1])  # noqa: E731
     check(build, shape, DTYPES[dtype], layout, device, activation="relu", with_residual=True)
+    for cache_clear in clear:
+        cache_clear()
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -68,6 +73,7 @@ def test_se_options(activation, gate, bias, device):
         return kit.SE(20, hidden_channels=35, bias=bias, activation=activation, gate=gate)
 
     check(build, (3, 20, 5, 7), torch.float32, "channels_last", device)
+    check(build, (3, 20, 5, 7), torch.float64, "contiguous", device)
 
 
 @pytest.mark.parametrize("pools", range(1, 16))
@@ -157,3 +163,11 @@ def test_parameters_of_another_dtype(module, parameter_dtype, device):
 def test_any_shape(module, n, c, h, w, layout, tail, device):
     build = lambda kit: MODULES[module](kit, c)  # noqa: E731
     check(build, (n, c, h, w), torch.float64, layout, device, activation="relu" if tail else None, with_residual=tail)
+
+
+@pytest.mark.parametrize("module", ["channel_gate", "cbam", "bam"])
+@pytest.mark.parametrize("shape", [(3, 1024, 1, 1), (3, 1024, 2, 2), (3, 3, 40, 40)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tiles_at_their_narrowest(module, shape, layout, device):
+    build = lambda kit: MODULES[module](kit, shape[1])  # noqa: E731
+    check(build, shape, torch.bfloat16, layout, device, activation="relu", training=False)

@@ -6,7 +6,6 @@ import copy
 import itertools
 from collections.abc import Callable
 
-import official
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import reference
+from tests import official
 
 POOLS = ("avg", "max", "lp", "lse")
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}

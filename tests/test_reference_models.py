@@ -6,12 +6,12 @@ import itertools
 import sys
 from types import ModuleType
 
-import official
 import pytest
 import torch
 from torch import Tensor, nn
 
 from reference import models
+from tests import official
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -209,6 +209,49 @@ def test_batch_statistics_are_counted_once(device):
             torch.testing.assert_close(got, want)
 
 
+def test_double_backward_of_the_residual_alone(modules, device):
+    fused = modules[0].requires_grad_(False)
+    x, residual = _x(device), torch.randn_like(_x(device)).requires_grad_()
+    y = fused(x, residual, "relu")
+    (gradient,) = torch.autograd.grad(y.square().sum(), residual, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.sum(), residual)
+    _same(second, 2 * (y > 0).double())
+
+
+def test_parameters_of_any_strides(device):
+    fused, eager = pair(lambda kit: kit.SE(12, 4), device)
+    x = _x(device).float()
+    for module in (fused, eager):
+        for name in ("weight", "bias"):
+            p = getattr(module.fc1, name)
+            setattr(module.fc1, name, nn.Parameter(torch.stack((p, p.neg()), dim=-1).detach()[..., 0]))
+        module.fc2.bias = nn.Parameter(module.fc2.bias.detach()[:1].expand(12))
+    torch.testing.assert_close(fused(x), eager(x))
+    fused, eager = (m.eval() for m in pair(lambda kit: kit.BAM(12, 4), device))
+    conv = [m.spatial_att.gate_s.gate_s_conv_reduce0 for m in (fused, eager)]
+    for c in conv:
+        c.weight = nn.Parameter(c.weight.detach().flatten(1).t().contiguous().t()[:, :, None, None])
+    got, want = (run(m, x, None, None, torch.ones_like(x)) for m in (fused, eager))
+    torch.testing.assert_close(got.gradients, want.gradients)
+
+
+def test_channels_last_network_weights(device):
+    fused, eager = pair(lambda kit: kit.CBAM(12, 4), device)
+    fused = fused.to(memory_format=torch.channels_last)
+    assert not fused.SpatialGate.spatial.conv.weight.is_contiguous()
+    x, dy = _x(device).float(), torch.randn(3, 12, 5, 7, device=device)
+    got, want = (run(m, x, None, "relu", dy) for m in (fused, eager))
+    torch.testing.assert_close(got.y, want.y)
+    torch.testing.assert_close(got.gradients, want.gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_of_the_norm_run(device):
+    module, calls = attn_kernels.CBAM(12).to(device), []
+    module.SpatialGate.spatial.bn.register_forward_hook(lambda *_: calls.append(1))
+    module(_x(device).float())
+    assert calls
+
+
 def test_sync_batch_norm_falls_back(device):
     module = nn.SyncBatchNorm.convert_sync_batchnorm(attn_kernels.CBAM(12)).to(device).eval()
     assert isinstance(module.SpatialGate.spatial.bn, nn.SyncBatchNorm)

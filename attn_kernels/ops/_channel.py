@@ -22,13 +22,15 @@ from attn_kernels.ops import _config as config
 from attn_kernels.ops._device import (
     activate,
     activate_bwd,
+    aligned,
     gate_bwd,
     gate_value,
     load_tail_grad,
     load_tile,
     store_tile,
 )
-from attn_kernels.ops._library import is_channels_last
+from attn_kernels.ops._launch import plane_chunk, plane_tile, tile_options
+from reference._common import accumulation_dtype
 
 POOLS = (
     "avg",
@@ -62,7 +64,7 @@ def squeeze_kernel(
     w1_ptr,  # (H, C), or None to pool only
     pool_ptr,  # (N, K, C), written
     argmax_ptr,  # (N, C), written if POOLS has the maximum
-    part_ptr,  # (N, J, K, H), written
+    part_ptr,  # (N, J, K, H), written, or None
     C,
     P,
     H,
@@ -71,11 +73,13 @@ def squeeze_kernel(
     LP: tl.constexpr,
     LSE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     """pool_k[c] and fc1[:, c] @ pool_k[c] of BLOCK_C planes. Reads x once (twice with lse: its maximum comes first)."""
+    C, P = aligned(C, P, UNIT, CHANNELS_LAST)
     ACC: tl.constexpr = pool_ptr.dtype.element_ty
     K: tl.constexpr = AVG + MAX + LP + LSE
     J = tl.cdiv(C, BLOCK_C)
@@ -84,7 +88,7 @@ def squeeze_kernel(
     o_c = i_j * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
     p_pool = pool_ptr + i_n * K * C + o_c
-    p_part = part_ptr + (i_n * J + i_j) * K * H
+    first_part = (i_n * J + i_j) * K * H
 
     # Lane by lane along the plane; lanes meet once, at the end.
     b_sum = tl.zeros([BLOCK_C, BLOCK_P], ACC)
@@ -110,12 +114,12 @@ def squeeze_kernel(
 
     if AVG:
         b_pool = tl.sum(b_sum, axis=1) / P
-        _pool_done(b_pool, p_pool, p_part, w1_ptr, o_c, m_c, 0, C, H, BLOCK_H)
+        _pool_done(b_pool, p_pool, part_ptr, first_part, w1_ptr, o_c, m_c, 0, C, H, BLOCK_H)
     if MAX:
-        _pool_done(b_top, p_pool, p_part, w1_ptr, o_c, m_c, AVG, C, H, BLOCK_H)
+        _pool_done(b_top, p_pool, part_ptr, first_part, w1_ptr, o_c, m_c, AVG, C, H, BLOCK_H)
     if LP:
         b_pool = tl.sqrt(tl.sum(b_square, axis=1))
-        _pool_done(b_pool, p_pool, p_part, w1_ptr, o_c, m_c, AVG + MAX, C, H, BLOCK_H)
+        _pool_done(b_pool, p_pool, part_ptr, first_part, w1_ptr, o_c, m_c, AVG + MAX, C, H, BLOCK_H)
     if LSE:
         shift = tl.where(tl.abs(b_top) == float("inf"), 0.0, b_top)
         b_sum = tl.zeros([BLOCK_C, BLOCK_P], ACC)
@@ -124,11 +128,11 @@ def squeeze_kernel(
             b_x = load_tile(x_ptr, i_n, i_j * BLOCK_C, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
             b_sum += tl.where((o_p < P)[None, :], tl.exp(b_x - shift[:, None]), 0.0)
         b_pool = tl.log(tl.sum(b_sum, axis=1)) + shift
-        _pool_done(b_pool, p_pool, p_part, w1_ptr, o_c, m_c, AVG + MAX + LP, C, H, BLOCK_H)
+        _pool_done(b_pool, p_pool, part_ptr, first_part, w1_ptr, o_c, m_c, AVG + MAX + LP, C, H, BLOCK_H)
 
 
 @triton.jit
-def _pool_done(b_pool, p_pool, p_part, w1_ptr, o_c, m_c, k, C, H, BLOCK_H: tl.constexpr):
+def _pool_done(b_pool, p_pool, part_ptr, first_part, w1_ptr, o_c, m_c, k, C, H, BLOCK_H: tl.constexpr):
     tl.store(p_pool + k * C, b_pool, mask=m_c)
     if w1_ptr is not None:
         b_pool = tl.where(m_c, b_pool, 0.0)
@@ -137,7 +141,7 @@ def _pool_done(b_pool, p_pool, p_part, w1_ptr, o_c, m_c, k, C, H, BLOCK_H: tl.co
             m_h = o_h < H
             p_w1 = w1_ptr + o_h[:, None].to(tl.int64) * C + o_c[None, :]
             b_w1 = tl.load(p_w1, mask=m_h[:, None] & m_c[None, :], other=0).to(b_pool.dtype)
-            tl.store(p_part + k * H + o_h, tl.sum(b_w1 * b_pool[None, :], axis=1), mask=m_h)
+            tl.store(part_ptr + first_part + k * H + o_h, tl.sum(b_w1 * b_pool[None, :], axis=1), mask=m_h)
 
 
 @triton.jit
@@ -157,8 +161,8 @@ def excite(
     b1_ptr,  # (H,) or None
     w2_ptr,  # (C, H)
     b2_ptr,  # (C,) or None
-    pre_ptr,  # (N, K, H), written by the program whose ``first`` is true
-    gate_ptr,  # (N, C), written if ``store_gate``
+    pre_ptr,  # (N, K, H), written by the program whose ``first`` is true, or None
+    gate_ptr,  # (N, C), written if ``store_gate``, or None
     i_n,
     c,
     first,
@@ -185,7 +189,8 @@ def excite(
             b_pre = sum_parts(part_ptr + (i_n * J * K + k) * H, o_h, m_h, J, K * H, ACC, BLOCK_H)
             if b1_ptr is not None:
                 b_pre += tl.load(b1_ptr + o_h, mask=m_h, other=0).to(ACC)
-            tl.store(pre_ptr + (i_n * K + k) * H + o_h, b_pre, mask=m_h & first)
+            if pre_ptr is not None:
+                tl.store(pre_ptr + (i_n * K + k) * H + o_h, b_pre, mask=m_h & first)
             b_hidden += activate(b_pre, ACTIVATION)
         p_w2 = w2_ptr + o_c[:, None].to(tl.int64) * H + o_h[None, :]
         b_w2 = tl.load(p_w2, mask=m_c[:, None] & m_h[None, :], other=0).to(ACC)
@@ -193,7 +198,8 @@ def excite(
     if b2_ptr is not None:
         b_logit += K * tl.load(b2_ptr + o_c, mask=m_c, other=0).to(ACC)
     b_gate = gate_value(b_logit, GATE)
-    tl.store(gate_ptr + i_n * C + o_c, b_gate, mask=m_c & store_gate)
+    if gate_ptr is not None:
+        tl.store(gate_ptr + i_n * C + o_c, b_gate, mask=m_c & store_gate)
     return b_gate
 
 
@@ -253,11 +259,13 @@ def dgate_kernel(
     H,
     GATE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     """dlogit[c] = gate' * sum_p dy * x and fc2[c, :]^T @ dlogit[c] of BLOCK_C planes. Reads dy and x."""
+    C, P = aligned(C, P, UNIT, CHANNELS_LAST)
     ACC: tl.constexpr = gate_ptr.dtype.element_ty
     J = tl.cdiv(C, BLOCK_C)
     i_n = (tl.program_id(0) // J).to(tl.int64)
@@ -272,7 +280,7 @@ def dgate_kernel(
         o_p = p + tl.arange(0, BLOCK_P)
         b_sum += _channel_grad(b_dy, spatial_ptr, spatial_argmax_ptr, i_n, o_c, o_p, P, ACC) * b_x
     b_gate = tl.load(gate_ptr + i_n * C + o_c, mask=m_c, other=0)
-    b_dlogit = tl.where(m_c, tl.sum(b_sum, axis=1) * gate_bwd(b_gate, GATE), 0.0)
+    b_dlogit = tl.where(m_c, gate_bwd(tl.sum(b_sum, axis=1), b_gate, GATE), 0.0)
     tl.store(dlogit_ptr + i_n * C + o_c, b_dlogit, mask=m_c)
     for h in range(0, H, BLOCK_H):
         o_h = h + tl.arange(0, BLOCK_H)
@@ -283,37 +291,12 @@ def dgate_kernel(
 
 
 @triton.jit
-def _dpool(
-    w1_ptr,
-    pre_ptr,
-    dpart_ptr,
-    dpre_ptr,
-    i_n,
-    o_c,
-    m_c,
-    k,
-    store,
-    C,
-    H,
-    J,
-    K: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    """[BLOCK_C] gradient of the k-th pool; dpre, the gradient before the hidden activation, is stored on the way."""
-    ACC: tl.constexpr = pre_ptr.dtype.element_ty
-    b_dpool = tl.zeros([BLOCK_C], ACC)
-    for h in range(0, H, BLOCK_H):
-        o_h = h + tl.arange(0, BLOCK_H)
-        m_h = o_h < H
-        b_pre = tl.load(pre_ptr + (i_n * K + k) * H + o_h, mask=m_h, other=0)
-        b_dpre = sum_parts(dpart_ptr + i_n * J * H, o_h, m_h, J, H, ACC, BLOCK_H) * activate_bwd(b_pre, ACTIVATION)
-        tl.store(dpre_ptr + (i_n * K + k) * H + o_h, b_dpre, mask=m_h & store)
-        p_w1 = w1_ptr + o_h[:, None].to(tl.int64) * C + o_c[None, :]
-        b_w1 = tl.load(p_w1, mask=m_h[:, None] & m_c[None, :], other=0).to(ACC)
-        b_dpool += tl.sum(b_w1 * b_dpre[:, None], axis=0)
-    return b_dpool
+def _dpool(b_dhidden, b_w1, pre_ptr, dpre_ptr, first, o_h, m_h, store, ACTIVATION: tl.constexpr):
+    """[BLOCK_C] gradient of a pool from BLOCK_H hidden units; stores dpre, the gradient before their activation."""
+    b_pre = tl.load(pre_ptr + first + o_h, mask=m_h, other=0)
+    b_dpre = activate_bwd(b_dhidden, b_pre, ACTIVATION)
+    tl.store(dpre_ptr + first + o_h, b_dpre, mask=m_h & store)
+    return tl.sum(b_w1 * b_dpre[:, None], axis=0)
 
 
 @triton.jit
@@ -343,11 +326,13 @@ def dx_kernel(
     LSE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     """dx = d(gated x) * gate + the pools' gradients, for BLOCK_C planes and CHUNK pixels. Reads dy, writes dx."""
+    C, P = aligned(C, P, UNIT, CHANNELS_LAST)
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     K: tl.constexpr = AVG + MAX + LP + LSE
     blocks = tl.cdiv(C, BLOCK_C)
@@ -361,46 +346,38 @@ def dx_kernel(
     m_c = o_c < C
     if gate_ptr is not None:
         b_gate = tl.load(gate_ptr + i_n * C + o_c, mask=m_c, other=0)
-        p_pool = pool_ptr + i_n * K * C + o_c
         store = (i_c == 0) & (i_s == 0)
-        if AVG:
-            b_davg = _dpool(
-                w1_ptr, pre_ptr, dpart_ptr, dpre_ptr, i_n, o_c, m_c, 0, store, C, H, J, K, ACTIVATION, BLOCK_C, BLOCK_H
-            )
-            b_davg /= P
+        b_davg = tl.zeros([BLOCK_C], ACC)
+        b_dmax = tl.zeros([BLOCK_C], ACC)
+        b_dlp = tl.zeros([BLOCK_C], ACC)
+        b_dlse = tl.zeros([BLOCK_C], ACC)
+        for h in range(0, H, BLOCK_H):
+            o_h = h + tl.arange(0, BLOCK_H)
+            m_h = o_h < H
+            b_dhidden = sum_parts(dpart_ptr + i_n * J * H, o_h, m_h, J, H, ACC, BLOCK_H)
+            p_w1 = w1_ptr + o_h[:, None].to(tl.int64) * C + o_c[None, :]
+            b_w1 = tl.load(p_w1, mask=m_h[:, None] & m_c[None, :], other=0).to(ACC)
+            first = i_n * K * H
+            if AVG:
+                b_davg += _dpool(b_dhidden, b_w1, pre_ptr, dpre_ptr, first, o_h, m_h, store, ACTIVATION)
+                first += H
+            if MAX:
+                b_dmax += _dpool(b_dhidden, b_w1, pre_ptr, dpre_ptr, first, o_h, m_h, store, ACTIVATION)
+                first += H
+            if LP:
+                b_dlp += _dpool(b_dhidden, b_w1, pre_ptr, dpre_ptr, first, o_h, m_h, store, ACTIVATION)
+                first += H
+            if LSE:
+                b_dlse += _dpool(b_dhidden, b_w1, pre_ptr, dpre_ptr, first, o_h, m_h, store, ACTIVATION)
+        b_davg /= P
+        p_pool = pool_ptr + i_n * K * C + o_c
         if MAX:
-            b_dmax = _dpool(
-                w1_ptr,
-                pre_ptr,
-                dpart_ptr,
-                dpre_ptr,
-                i_n,
-                o_c,
-                m_c,
-                AVG,
-                store,
-                C,
-                H,
-                J,
-                K,
-                ACTIVATION,
-                BLOCK_C,
-                BLOCK_H,
-            )
             b_argmax = tl.load(argmax_ptr + i_n * C + o_c, mask=m_c, other=-1)
         if LP:
-            k = AVG + MAX
-            b_dlp = _dpool(
-                w1_ptr, pre_ptr, dpart_ptr, dpre_ptr, i_n, o_c, m_c, k, store, C, H, J, K, ACTIVATION, BLOCK_C, BLOCK_H
-            )
-            b_lp = tl.load(p_pool + k * C, mask=m_c, other=0)
+            b_lp = tl.load(p_pool + (AVG + MAX) * C, mask=m_c, other=0)
             b_dlp = tl.where(b_lp == 0, 0.0, b_dlp / tl.where(b_lp == 0, 1.0, b_lp))
         if LSE:
-            k = AVG + MAX + LP
-            b_dlse = _dpool(
-                w1_ptr, pre_ptr, dpart_ptr, dpre_ptr, i_n, o_c, m_c, k, store, C, H, J, K, ACTIVATION, BLOCK_C, BLOCK_H
-            )
-            b_lse = tl.load(p_pool + k * C, mask=m_c, other=0)
+            b_lse = tl.load(p_pool + (AVG + MAX + LP) * C, mask=m_c, other=0)
     for p in range(i_s * CHUNK, min(i_s * CHUNK + CHUNK, P), BLOCK_P):
         o_p = p + tl.arange(0, BLOCK_P)
         b_dx = load_tail_grad(dy_ptr, mask_ptr, dresidual_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
@@ -474,29 +451,6 @@ def dweights_kernel(
     tl.store(db2_ptr + o_c, K * b_db2, mask=m_c & (i_h == 0))
 
 
-def accumulator(x: Tensor) -> torch.dtype:
-    """The dtype of statistics and gates."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def multiprocessors(x: Tensor) -> int:
-    """Of x's GPU; 1 under the interpreter, which runs programs one after another."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-
-
-def plane_tile(x: Tensor) -> config.Tile:
-    n, c, h, w = x.shape
-    return config.plane_tile(n, c, h * w, x.element_size(), is_channels_last(x), multiprocessors(x))
-
-
-def plane_chunk(x: Tensor, tile: config.Tile) -> tuple[int, int]:
-    """Pixels a program (a multiple of the tile's) and programs a plane, for kernels that sum over no pixels."""
-    n, c, h, w = x.shape
-    tiles = config.cdiv(h * w, tile.block_p)
-    chunk = config.cdiv(tiles, config.plane_splits(n, c, h * w, tile, multiprocessors(x))) * tile.block_p
-    return chunk, config.cdiv(h * w, chunk)
-
-
 def pool_bits(pool_types: Sequence[str]) -> int:
     return sum(1 << POOLS.index(pool) for pool in pool_types)
 
@@ -513,7 +467,7 @@ def pool_count(pools: int) -> int:
 def squeeze(x: Tensor, w1: Tensor | None, pools: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Launch the pools and fc1: ``pool, argmax, part`` (the last None without ``w1``)."""
     n, c, h, w = x.shape
-    tile, k, dtype = plane_tile(x), pool_count(pools), accumulator(x)
+    tile, k, dtype = plane_tile(x), pool_count(pools), accumulation_dtype(x)
     blocks = config.cdiv(c, tile.block_c)
     hidden = 1 if w1 is None else w1.shape[0]
     pool = x.new_empty((n, k, c), dtype=dtype)
@@ -524,16 +478,13 @@ def squeeze(x: Tensor, w1: Tensor | None, pools: int) -> tuple[Tensor, Tensor, T
         w1,
         pool,
         argmax,
-        part if part is not None else pool,
+        part,
         c,
         h * w,
         hidden,
         **pool_flags(pools),
-        CHANNELS_LAST=is_channels_last(x),
-        BLOCK_C=tile.block_c,
-        BLOCK_P=tile.block_p,
-        BLOCK_H=config.hidden_block(hidden),
-        num_warps=tile.num_warps,
+        BLOCK_H=config.hidden_block(hidden, tile.block_c),
+        **tile_options(x, tile),
     )
     return pool, argmax, part
 
@@ -556,7 +507,7 @@ def launch_excite(x: Tensor, part: Tensor, b1: Tensor | None, w2: Tensor, b2: Te
         blocks,
         K=k,
         BLOCK_C=block_c,
-        BLOCK_H=config.hidden_block(hidden),
+        BLOCK_H=config.hidden_block(hidden, block_c),
         num_warps=4,
     )
     return pre, gate
@@ -566,7 +517,7 @@ def empty_saved(x: Tensor, w1: Tensor, pools: int) -> tuple[Tensor, Tensor, Tens
     """What the gate saves, empty: ``pool, argmax, pre, gate``."""
     n, c, _, _ = x.shape
     k = pool_count(pools)
-    pool = x.new_empty((n, k, c), dtype=accumulator(x))
+    pool = x.new_empty((n, k, c), dtype=accumulation_dtype(x))
     argmax = x.new_empty((n, c) if pools & 2 else 0, dtype=torch.int32)
     return pool, argmax, pool.new_empty((n, k, w1.shape[0])), pool.new_empty((n, c))
 
@@ -596,8 +547,8 @@ def backward(
     """Launch the gate's backward, alone or behind a spatial gate: ``dx, dresidual, dw1, db1, dw2, db2``."""
     n, c, h, w = x.shape
     hidden, k = w1.shape[0], pool_count(pools)
-    tile, channels_last = plane_tile(x), is_channels_last(x)
-    blocks, block_h = config.cdiv(c, tile.block_c), config.hidden_block(hidden)
+    tile = plane_tile(x)
+    blocks, block_h = config.cdiv(c, tile.block_c), config.hidden_block(hidden, tile.block_c)
     dlogit, dpart, dpre = torch.empty_like(gate), gate.new_empty((n, blocks, hidden)), torch.empty_like(pre)
     dgate_kernel[(n * blocks,)](
         dy,
@@ -613,11 +564,8 @@ def backward(
         h * w,
         hidden,
         GATE=gate_name,
-        CHANNELS_LAST=channels_last,
-        BLOCK_C=tile.block_c,
-        BLOCK_P=tile.block_p,
         BLOCK_H=block_h,
-        num_warps=tile.num_warps,
+        **tile_options(x, tile),
     )
     dx, dresidual = launch_dx(
         dy,
@@ -631,7 +579,8 @@ def backward(
         activation,
     )
     dw1, db1, dw2, db2 = empty_dweights(w1, w2)
-    block_c = min(config.next_power_of_2(c), 32)
+    # fp64 operands of tl.dot take twice the shared memory.
+    block_c, block_h = (32, block_h) if gate.dtype == torch.float32 else (16, 16)
     dweights_kernel[(config.cdiv(c, block_c), config.cdiv(hidden, block_h))](
         dlogit,
         pre,
@@ -695,10 +644,7 @@ def launch_dx(
         chunk,
         **pool_flags(pools),
         ACTIVATION=activation,
-        CHANNELS_LAST=is_channels_last(x),
-        BLOCK_C=tile.block_c,
-        BLOCK_P=tile.block_p,
-        BLOCK_H=config.hidden_block(hidden),
-        num_warps=tile.num_warps,
+        BLOCK_H=config.hidden_block(hidden, tile.block_c),
+        **tile_options(x, tile),
     )
     return dx, dresidual

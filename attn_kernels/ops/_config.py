@@ -5,13 +5,15 @@ Thresholds are reasoned from bytes and machine code and not yet measured on a GP
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
-# Elements of x that a program holds at once: 32 a thread in 4 warps, that is four 16-byte loads of a 16-bit dtype in
-# flight, and 32 registers for each fp32 accumulator that is kept lane by lane.
+# Elements of x that a program holds at once; each is a register for every accumulator that is kept lane by lane.
 TILE = 4096
 # Bytes of consecutive channels that a channels_last tile reads at least: one 32-byte DRAM sector.
 SECTOR = 32
+# Elements along the unit stride that a tile holds at least: one byte of the bits that a ReLU leaves.
+BYTE = 8
 
 
 def next_power_of_2(n: int) -> int:
@@ -31,31 +33,37 @@ class Tile:
     num_warps: int
 
     @classmethod
-    def of(cls, block_c: int, block_p: int, vector: bool = True) -> Tile:
-        """32 elements a thread; 16 where rows are not whole 16-byte vectors and each load has registers of its own."""
-        return cls(block_c, block_p, min(max(block_c * block_p // (1024 if vector else 512), 1), 16))
+    def of(cls, block_c: int, block_p: int, row: int, itemsize: int) -> Tile:
+        """64 bytes of x a thread, four vectors in flight; 32 where rows of ``row`` elements are not whole vectors."""
+        a_thread = 64 // itemsize if row * itemsize % 16 == 0 else 32 // itemsize
+        return cls(block_c, block_p, min(max(block_c * block_p // (32 * a_thread), 1), 16))
 
 
-def is_vector(c: int, p: int, itemsize: int, channels_last: bool) -> bool:
-    """Whether the rows along the unit stride consist of whole 16-byte vectors."""
-    return (c if channels_last else p) * itemsize % 16 == 0
+def vector_length(row: int, itemsize: int) -> int:
+    """Elements of the widest loads, of 16 bytes at most, of which a row of ``row`` elements is a whole number."""
+    return min(row & -row, 16 // itemsize)
 
 
+@functools.lru_cache
 def plane_tile(n: int, c: int, p: int, itemsize: int, channels_last: bool, multiprocessors: int) -> Tile:
     """For kernels that reduce or scale planes: a program owns ``block_c`` planes and walks along their pixels."""
     if channels_last:
-        # Two sectors a pixel where there are programs enough, one where there are not.
-        block_c = min(next_power_of_2(c), 128 // itemsize * 2 if c * p >= TILE else 128 // itemsize)
-        least = max(SECTOR // itemsize, 8)
+        # Rows of 256 bytes; of 64 where there would be too few programs, and of a sector where still too few.
+        block_c, least = min(next_power_of_2(c), 256 // itemsize), max(SECTOR // itemsize, BYTE)
+        least = max(least, next_power_of_2(cdiv(c, 128)))
     else:
-        # Whole rows up to 1,024 pixels; at most 64 blocks, since each leaves a partial product of fc1 to be summed.
-        block_c = max(TILE // min(next_power_of_2(p), 1024), next_power_of_2(cdiv(c, 64)))
-        block_c, least = min(block_c, next_power_of_2(c)), next_power_of_2(cdiv(c, 64))
-    while block_c > least and n * cdiv(c, block_c) < 2 * multiprocessors:
+        # Rows of 128 pixels and 32 channels: every program reads the maps of CBAM's spatial gate along its pixels, and
+        # the partial products of fc1 that each block of channels leaves, of which there are 64 at most.
+        least = next_power_of_2(cdiv(c, 64))
+        block_c = min(max(TILE // min(next_power_of_2(p), 128), least), next_power_of_2(c))
+    while block_c > least:
+        enough = multiprocessors if channels_last and block_c * itemsize <= 64 else 3 * multiprocessors
+        if n * cdiv(c, block_c) >= enough:
+            break
         block_c //= 2
-    block_c = max(block_c, 8) if channels_last else block_c
-    block_p = min(max(next_power_of_2(p), 8), TILE // block_c)
-    return Tile.of(block_c, block_p, is_vector(c, p, itemsize, channels_last))
+    block_c = max(block_c, BYTE) if channels_last else min(block_c, TILE // BYTE)
+    block_p = min(max(next_power_of_2(p), BYTE), max(TILE // block_c, 1))
+    return Tile.of(block_c, block_p, c if channels_last else p, itemsize)
 
 
 def plane_splits(n: int, c: int, p: int, tile: Tile, multiprocessors: int) -> int:
@@ -64,30 +72,34 @@ def plane_splits(n: int, c: int, p: int, tile: Tile, multiprocessors: int) -> in
     return min(cdiv(p, tile.block_p), max(cdiv(4 * multiprocessors, programs), 1))
 
 
+@functools.lru_cache
 def pixel_tile(n: int, c: int, p: int, itemsize: int, channels_last: bool, multiprocessors: int) -> Tile:
     """For kernels that reduce or scale over channels: a program owns ``block_p`` pixels, walks along channels."""
-    block_p, least = (32, 1) if channels_last else (128, SECTOR // itemsize)
-    block_p = min(max(block_p, TILE // next_power_of_2(c)), next_power_of_2(p))
+    most_c = max(next_power_of_2(c), BYTE)
+    # At least 8 pixels: what a block of pixels leaves of a sum over them is then an eighth of x.
+    block_p, least = (32, 8) if channels_last else (128, max(SECTOR // itemsize, BYTE))
+    block_p = max(min(max(block_p, TILE // most_c), next_power_of_2(p)), 1 if channels_last else BYTE)
     while block_p > least and n * cdiv(p, block_p) < 2 * multiprocessors:
         block_p //= 2
-    block_p = block_p if channels_last else max(block_p, 8)
-    block_c = min(max(next_power_of_2(c), 8), TILE // block_p)
-    return Tile.of(block_c, block_p, is_vector(c, p, itemsize, channels_last))
+    block_c = min(most_c, TILE // block_p)
+    return Tile.of(block_c, block_p, c if channels_last else p, itemsize)
 
 
+@functools.lru_cache
 def whole_plane_tile(n: int, c: int, p: int, itemsize: int, channels_last: bool, multiprocessors: int) -> Tile:
     """For SimAM: whole planes in a tile (``block_p >= p``) where registers allow, else a tile to walk along them."""
-    largest = 4 * TILE if itemsize <= 4 else TILE  # 32 elements a thread in 16 warps
-    least = max(SECTOR // itemsize, 8) if channels_last else 1
-    block_p = max(next_power_of_2(p), 8)
+    # 32 elements a thread in 16 warps; channels_last, whose sums cross warps, spills there.
+    largest = (2 if channels_last else 4) * TILE if itemsize <= 4 else TILE
+    least = max(SECTOR // itemsize, BYTE) if channels_last else 1
+    block_p = max(next_power_of_2(p), BYTE)
     if block_p * least > largest:
         return plane_tile(n, c, p, itemsize, channels_last, multiprocessors)
     block_c = max(least, min(TILE // block_p, next_power_of_2(c)))
     while block_c > least and n * cdiv(c, block_c) < 2 * multiprocessors:
         block_c //= 2
-    return Tile.of(block_c, block_p, is_vector(c, p, itemsize, channels_last))
+    return Tile.of(block_c, block_p, c if channels_last else p, itemsize)
 
 
-def hidden_block(hidden: int) -> int:
-    """Hidden units of the MLP that are handled at once; 16 at least, for ``tl.dot``."""
-    return min(max(next_power_of_2(hidden), 16), 32)
+def hidden_block(hidden: int, block_c: int) -> int:
+    """Hidden units of the MLP that are handled at once with ``block_c`` channels; 16 at least, for ``tl.dot``."""
+    return min(max(next_power_of_2(hidden), 16), 32 if block_c <= 64 else 16)

@@ -1,7 +1,8 @@
 """Device functions that several operators share: programs, offsets, activations, the residual + ReLU tail.
 
 A tile is [BLOCK_C, BLOCK_P], channels by pixels of one sample, in both layouts: which axis has the unit stride is the
-constexpr CHANNELS_LAST. Offsets are 64 bits wide. A pointer may be None: the kernel is compiled without it.
+constexpr CHANNELS_LAST. The offset of a sample is 64 bits wide, within a sample 32 (see functional.is_fused), which
+saves a register an element. A pointer may be None: the kernel is compiled without it.
 """
 
 import triton
@@ -9,10 +10,19 @@ import triton.language as tl
 
 
 @triton.jit
+def aligned(C, P, UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """C and P, of which the compiler learns that rows along the unit stride are multiples of UNIT (it knows of 16)."""
+    if UNIT > 1:
+        if CHANNELS_LAST:
+            C = C // UNIT * UNIT
+        else:
+            P = P // UNIT * UNIT
+    return C, P
+
+
+@triton.jit
 def tile_offsets(o_c, o_p, C, P, CHANNELS_LAST: tl.constexpr):
     """Element offsets within a sample, [BLOCK_C, BLOCK_P]."""
-    o_c = o_c.to(tl.int64)
-    o_p = o_p.to(tl.int64)
     if CHANNELS_LAST:
         return o_p[None, :] * C + o_c[:, None]
     else:
@@ -36,20 +46,20 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def activate_bwd(x, ACTIVATION: tl.constexpr):
-    """The derivative of the activation at x."""
+def activate_bwd(dy, x, ACTIVATION: tl.constexpr):
+    """The gradient of the activation at x. It selects where it can, since 0 times an infinite dy would be NaN."""
     if ACTIVATION == "relu":
-        d = tl.where(x <= 0, 0.0, 1.0)
+        dx = tl.where(x <= 0, 0.0, dy)
     elif ACTIVATION == "silu":
         s = tl.sigmoid(x)
-        d = s * (1 + x * (1 - s))
+        dx = dy * (s * (1 + x * (1 - s)))
     elif ACTIVATION == "gelu":
-        d = 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        dx = dy * (0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x))
     elif ACTIVATION == "leaky_relu":
-        d = tl.where(x > 0, 1.0, 0.01)
+        dx = tl.where(x > 0, dy, 0.01 * dy)
     else:  # hardswish
-        d = tl.where(x <= -3, 0.0, tl.where(x >= 3, 1.0, x / 3 + 0.5))
-    return d.to(x.dtype)
+        dx = tl.where(x <= -3, 0.0, tl.where(x >= 3, dy, dy * (x / 3 + 0.5)))
+    return dx
 
 
 @triton.jit
@@ -68,13 +78,12 @@ def gate_value(logit, GATE: tl.constexpr):
 
 
 @triton.jit
-def gate_bwd(gate, GATE: tl.constexpr):
-    """The derivative of the gate, from its value."""
+def gate_bwd(dy, gate, GATE: tl.constexpr):
+    """The gradient of the gate, from its value."""
     if GATE == "sigmoid":
-        return gate * (1 - gate)
+        return dy * (gate * (1 - gate))
     else:
-        inside = (gate > 0) & (gate < 1)
-        return tl.where(inside, 1.0 / 6, 0.0).to(gate.dtype)
+        return tl.where((gate > 0) & (gate < 1), dy / 6, 0.0)
 
 
 @triton.jit
@@ -86,13 +95,13 @@ def _mask_pointers(
         o_row = p + tl.arange(0, BLOCK_P)
         o_byte = c // 8 + tl.arange(0, BLOCK_C // 8)
         bytes_a_row = (C + 7) // 8
-        pointers = mask_ptr + (i_n * P + o_row)[None, :] * bytes_a_row + o_byte[:, None]
+        pointers = mask_ptr + i_n * P * bytes_a_row + (o_row[None, :] * bytes_a_row + o_byte[:, None])
         return pointers, (o_row < P)[None, :] & (o_byte < bytes_a_row)[:, None]
     else:
         o_row = c + tl.arange(0, BLOCK_C)
         o_byte = p // 8 + tl.arange(0, BLOCK_P // 8)
         bytes_a_row = (P + 7) // 8
-        pointers = mask_ptr + (i_n * C + o_row)[:, None] * bytes_a_row + o_byte[None, :]
+        pointers = mask_ptr + i_n * C * bytes_a_row + (o_row[:, None] * bytes_a_row + o_byte[None, :])
         return pointers, (o_row < C)[:, None] & (o_byte < bytes_a_row)[None, :]
 
 
@@ -142,14 +151,15 @@ def store_tail(
     o_c = c + tl.arange(0, BLOCK_C)
     o_p = p + tl.arange(0, BLOCK_P)
     m = (o_c < C)[:, None] & (o_p < P)[None, :]
-    offsets = i_n * C * P + tile_offsets(o_c, o_p, C, P, CHANNELS_LAST)
+    sample = i_n * C * P
+    offsets = tile_offsets(o_c, o_p, C, P, CHANNELS_LAST)
     if residual_ptr is not None:
-        y += tl.load(residual_ptr + offsets, mask=m, other=0).to(y.dtype)
+        y += tl.load(residual_ptr + sample + offsets, mask=m, other=0).to(y.dtype)
     if RELU:
         if mask_ptr is not None:
             _store_mask(mask_ptr, y, i_n, c, p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
         y = tl.where(y <= 0, 0.0, y)
-    tl.store(y_ptr + offsets, y, mask=m)
+    tl.store(y_ptr + sample + offsets, y, mask=m)
 
 
 @triton.jit
@@ -171,12 +181,13 @@ def load_tail_grad(
     o_c = c + tl.arange(0, BLOCK_C)
     o_p = p + tl.arange(0, BLOCK_P)
     m = (o_c < C)[:, None] & (o_p < P)[None, :]
-    offsets = i_n * C * P + tile_offsets(o_c, o_p, C, P, CHANNELS_LAST)
-    dy = tl.load(dy_ptr + offsets, mask=m, other=0).to(ACC)
+    sample = i_n * C * P
+    offsets = tile_offsets(o_c, o_p, C, P, CHANNELS_LAST)
+    dy = tl.load(dy_ptr + sample + offsets, mask=m, other=0).to(ACC)
     if mask_ptr is not None:
         dy = tl.where(_load_mask(mask_ptr, i_n, c, p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P) != 0, dy, 0.0)
         if dresidual_ptr is not None:
-            tl.store(dresidual_ptr + offsets, dy, mask=m)
+            tl.store(dresidual_ptr + sample + offsets, dy, mask=m)
     return dy
 
 

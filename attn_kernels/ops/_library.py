@@ -55,6 +55,11 @@ def like(t: Tensor, x: Tensor) -> Tensor:
     return t.to(x.dtype).contiguous(memory_format=layout)
 
 
+def contiguous(*parameters: Tensor | None) -> list[Tensor | None]:
+    """The parameters as the kernels read them; they come so, as a rule."""
+    return [None if p is None else p.contiguous() for p in parameters]
+
+
 def mask_shape(x: Tensor) -> tuple[int, int]:
     """Rows along the unit stride and bytes a row: one bit an element, each row padded to whole bytes."""
     n, c, h, w = x.shape
@@ -91,6 +96,8 @@ def reference_gradients(
         outputs = function(*inputs)
         outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
         wanted = [t for t in inputs if t is not None and t.requires_grad]
+        if not wanted:
+            return [None] * len(inputs)
         pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None]
         found = iter(
             torch.autograd.grad(

@@ -19,18 +19,20 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from attn_kernels.ops import _channel
 from attn_kernels.ops import _config as config
-from attn_kernels.ops._device import load_tail_grad, load_tile, store_tail, store_tile
+from attn_kernels.ops._channel import squeeze
+from attn_kernels.ops._device import aligned, load_tail_grad, load_tile, store_tail, store_tile
+from attn_kernels.ops._launch import pixel_tile, tile_options
 from attn_kernels.ops._library import (
+    contiguous,
     empty_mask,
-    is_channels_last,
     like,
     needs_grad,
     reference_gradients,
     register,
     unmask,
 )
+from reference._common import accumulation_dtype
 from reference.bam import channel_logits, spatial_logits
 
 
@@ -53,10 +55,12 @@ def apply_fwd_kernel(
     P,
     RELU: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     """y of BLOCK_P pixels. Reads x (and residual), writes y."""
+    C, P = aligned(C, P, UNIT, CHANNELS_LAST)
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     blocks = tl.cdiv(P, BLOCK_P)
     i_n = (tl.program_id(0) // blocks).to(tl.int64)
@@ -84,10 +88,12 @@ def apply_bwd_kernel(
     C,
     P,
     CHANNELS_LAST: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     """dx = dy * (1 + gate) and both logits' gradients, of BLOCK_P pixels. Reads dy and x, writes dx."""
+    C, P = aligned(C, P, UNIT, CHANNELS_LAST)
     ACC: tl.constexpr = dspatial_ptr.dtype.element_ty
     blocks = tl.cdiv(P, BLOCK_P)
     i_n = (tl.program_id(0) // blocks).to(tl.int64)
@@ -120,11 +126,13 @@ def squeeze_bwd_kernel(
     P,
     H,
     CHANNELS_LAST: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     """dx = its gradient in the apply + dmean / P + weight^T @ dreduced. Reads and writes one full-size tensor each."""
+    C, P = aligned(C, P, UNIT, CHANNELS_LAST)
     ACC: tl.constexpr = dmean_ptr.dtype.element_ty
     # Products of 16-bit operands are exact in tf32 on the tensor cores.
     PRECISION: tl.constexpr = "tf32" if dx_ptr.dtype.element_ty.primitive_bitwidth == 16 else "ieee"
@@ -149,16 +157,11 @@ def squeeze_bwd_kernel(
     store_tile(b_dx, dx_ptr, i_n, c, p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
 
 
-def _pixel_tile(x: Tensor) -> config.Tile:
-    n, c, h, w = x.shape
-    return config.pixel_tile(n, c, h * w, x.element_size(), is_channels_last(x), _channel.multiprocessors(x))
-
-
 def _apply(
     x: Tensor, channel: Tensor, spatial: Tensor, residual: Tensor | None, relu: bool, save: bool
 ) -> tuple[Tensor, Tensor]:
     n, c, h, w = x.shape
-    tile = _pixel_tile(x)
+    tile = pixel_tile(x)
     y, mask = torch.empty_like(x), empty_mask(x, relu and save)
     apply_fwd_kernel[(n * config.cdiv(h * w, tile.block_p),)](
         x,
@@ -170,10 +173,7 @@ def _apply(
         c,
         h * w,
         RELU=relu,
-        CHANNELS_LAST=is_channels_last(x),
-        BLOCK_C=tile.block_c,
-        BLOCK_P=tile.block_p,
-        num_warps=tile.num_warps,
+        **tile_options(x, tile),
     )
     return y, mask
 
@@ -186,11 +186,11 @@ def _apply_backward(
     dy: Tensor, x: Tensor, channel: Tensor, spatial: Tensor, mask: Tensor, relu: bool, need_dresidual: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, c, h, w = x.shape
-    tile = _pixel_tile(x)
+    tile = pixel_tile(x)
     blocks = config.cdiv(h * w, tile.block_p)
     dx = torch.empty_like(x)
     dresidual = torch.empty_like(x) if need_dresidual else None
-    dchannel = x.new_empty((n, blocks, c), dtype=_channel.accumulator(x))
+    dchannel = x.new_empty((n, blocks, c), dtype=accumulation_dtype(x))
     dspatial = dchannel.new_empty((n, 1, h, w))
     apply_bwd_kernel[(n * blocks,)](
         like(dy, x),
@@ -204,10 +204,7 @@ def _apply_backward(
         dspatial,
         c,
         h * w,
-        CHANNELS_LAST=is_channels_last(x),
-        BLOCK_C=tile.block_c,
-        BLOCK_P=tile.block_p,
-        num_warps=tile.num_warps,
+        **tile_options(x, tile),
     )
     dresidual = x.new_empty(0) if dresidual is None else dresidual
     return dx, dchannel.sum(1).to(channel.dtype), dspatial.to(spatial.dtype), dresidual
@@ -219,11 +216,11 @@ def _apply_backward_fake(dy, x, channel, spatial, mask, relu, need_dresidual):
 
 
 def _mean(x: Tensor) -> Tensor:
-    return _channel.squeeze(x, None, 1)[0][:, 0].clone()
+    return squeeze(x, None, 1)[0].view(x.shape[:2])
 
 
 def _mean_fake(x):
-    return x.new_empty(x.shape[:2], dtype=_channel.accumulator(x))
+    return x.new_empty(x.shape[:2], dtype=accumulation_dtype(x))
 
 
 def _squeeze_backward(dx_apply: Tensor, dreduced: Tensor, weight: Tensor, dmean: Tensor) -> Tensor:
@@ -239,11 +236,8 @@ def _squeeze_backward(dx_apply: Tensor, dreduced: Tensor, weight: Tensor, dmean:
         c,
         h * w,
         weight.shape[0],
-        CHANNELS_LAST=is_channels_last(dx_apply),
-        BLOCK_C=block_c,
-        BLOCK_P=block_p,
-        BLOCK_H=config.hidden_block(weight.shape[0]),
-        num_warps=4,
+        BLOCK_H=config.hidden_block(weight.shape[0], block_c),
+        **tile_options(dx_apply, config.Tile(block_c, block_p, 4)),
     )
     return dx
 
@@ -286,7 +280,7 @@ class _Squeeze(torch.autograd.Function):
             formula = _squeeze_formula(dmean.dtype)
             return tuple(reference_gradients(formula, (x, weight, bias), (dmean, dreduced, dx_apply)))
         dreduced = like(dreduced, x)
-        dx = squeeze_backward_op(like(dx_apply, x), dreduced, weight, dmean.contiguous())
+        dx = squeeze_backward_op(like(dx_apply, x), dreduced, weight.flatten(1).contiguous(), dmean.contiguous())
         _, dweight, dbias = torch.ops.aten.convolution_backward(
             dreduced,
             x,
@@ -339,12 +333,13 @@ def _apply_formula(x, channel, spatial):
 def bam(x: Tensor, gate_c: nn.Sequential, gate_s: nn.Sequential, residual: Tensor | None, relu: bool) -> Tensor:
     """The fused operator, differentiable; ``x`` and ``residual`` (N, C, H, W), dense in the same layout."""
     reduce = gate_s[0]
-    weight, bias = reduce.weight.to(x.dtype), None if reduce.bias is None else reduce.bias.to(x.dtype)
+    weight = reduce.weight.to(x.dtype)
+    bias = None if reduce.bias is None else reduce.bias.to(x.dtype)
     if needs_grad(x, weight, bias):
         mean, reduced, x = _Squeeze.apply(x, weight, bias)
     else:
         mean, reduced = mean_op(x), F.conv2d(x, weight, bias)
-    channel, spatial = channel_logits(mean, gate_c), spatial_logits(reduced, gate_s).contiguous()
+    channel, spatial = contiguous(channel_logits(mean, gate_c), spatial_logits(reduced, gate_s))
     if needs_grad(x, channel, spatial, residual):
         return _Apply.apply(x, channel, spatial, residual, relu)
     return apply_op(x, channel, spatial, residual, relu, False)[0]

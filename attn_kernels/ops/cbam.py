@@ -13,6 +13,7 @@ bit an element.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 
 import torch
@@ -23,8 +24,11 @@ from torch import Tensor, nn
 
 from attn_kernels.ops import _channel
 from attn_kernels.ops import _config as config
-from attn_kernels.ops._device import load_tail_grad, load_tile, store_tail
+from attn_kernels.ops._device import aligned, load_tail_grad, load_tile, store_tail
+from attn_kernels.ops._launch import pixel_tile, tile_options
 from attn_kernels.ops._library import (
+    contiguous,
+    dense,
     empty_mask,
     is_channels_last,
     like,
@@ -33,7 +37,7 @@ from attn_kernels.ops._library import (
     register,
     unmask,
 )
-from reference._common import uses_batch_statistics
+from reference._common import accumulation_dtype, uses_batch_statistics
 from reference.cbam import channel_gate, spatial_gate
 
 # Programs of the convolution at most: each leaves partial statistics that every program of the next kernel adds up.
@@ -45,14 +49,16 @@ def channel_pool_kernel(
     x_ptr,  # (N, C, P)
     gate_ptr,  # (N, C) or None
     maps_ptr,  # (N, 2, P), written: maximum, mean
-    argmax_ptr,  # (N, P), written
+    argmax_ptr,  # (N, P), written, or None
     C,
     P,
     CHANNELS_LAST: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     """Maximum, its lowest channel, and mean over the channels of x * gate, of BLOCK_P pixels. Reads x."""
+    C, P = aligned(C, P, UNIT, CHANNELS_LAST)
     ACC: tl.constexpr = maps_ptr.dtype.element_ty
     blocks = tl.cdiv(P, BLOCK_P)
     i_n = (tl.program_id(0) // blocks).to(tl.int64)
@@ -74,7 +80,8 @@ def channel_pool_kernel(
     p_map = maps_ptr + i_n * 2 * P + o_p
     tl.store(p_map, b_top, mask=m_p)
     tl.store(p_map + P, tl.sum(b_sum, axis=0) / C, mask=m_p)
-    tl.store(argmax_ptr + i_n * P + o_p, b_first, mask=m_p)
+    if argmax_ptr is not None:
+        tl.store(argmax_ptr + i_n * P + o_p, b_first, mask=m_p)
 
 
 @triton.jit
@@ -92,12 +99,14 @@ def _tap(q, m_q, W, H, SIGN: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.conste
 @triton.jit
 def conv_fwd_kernel(
     maps_ptr,  # (N, 2, P)
-    weight_ptr,  # (2, KERNEL, KERNEL)
+    weight_ptr,  # (2, KERNEL, KERNEL), in either layout
     z_ptr,  # (N, P), written
-    part_ptr,  # (programs, 3), written: count, mean and sum of squared deviations of the pixels of a program
+    part_ptr,  # (3, programs), written: count, mean and sum of squared deviations of the pixels of a program
     COUNT,
     H,
     W,
+    MAP_STRIDE: tl.constexpr,
+    TAP_STRIDE: tl.constexpr,
     KERNEL: tl.constexpr,
     TAPS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -107,8 +116,8 @@ def conv_fwd_kernel(
     pid = tl.program_id(0)
     o_t = tl.arange(0, TAPS)
     m_t = o_t < KERNEL * KERNEL
-    b_wmax = tl.load(weight_ptr + o_t, mask=m_t, other=0).to(ACC)
-    b_wmean = tl.load(weight_ptr + KERNEL * KERNEL + o_t, mask=m_t, other=0).to(ACC)
+    b_wmax = tl.load(weight_ptr + o_t * TAP_STRIDE, mask=m_t, other=0).to(ACC)
+    b_wmean = tl.load(weight_ptr + MAP_STRIDE + o_t * TAP_STRIDE, mask=m_t, other=0).to(ACC)
     # The running statistics are kept as one-element tensors, so that they are the same type from the first pass on.
     seen = tl.zeros([1], ACC)
     mean = tl.zeros([1], ACC)
@@ -129,10 +138,10 @@ def conv_fwd_kernel(
         m2 += tl.sum(b_t * b_t, axis=0) + delta * delta * (seen * count / (seen + count))
         mean += delta * (count / (seen + count))
         seen += count
-    o_one = tl.arange(0, 1)
-    tl.store(part_ptr + pid * 3 + o_one, seen)
-    tl.store(part_ptr + pid * 3 + 1 + o_one, mean)
-    tl.store(part_ptr + pid * 3 + 2 + o_one, m2)
+    o_part = pid + tl.arange(0, 1)
+    tl.store(part_ptr + o_part, seen)
+    tl.store(part_ptr + tl.num_programs(0) + o_part, mean)
+    tl.store(part_ptr + 2 * tl.num_programs(0) + o_part, m2)
 
 
 @triton.jit
@@ -155,7 +164,7 @@ def scale_kernel(
     mask_ptr,  # bits of the ReLU, written, or None
     gate_ptr,  # (N, C) or None
     z_ptr,  # (N, P)
-    part_ptr,  # (programs, 3)
+    part_ptr,  # (3, programs)
     statistics_ptr,  # (2,), written: mean and 1 / standard deviation that BatchNorm uses
     weight_ptr,  # (1,) or None
     bias_ptr,  # (1,) or None
@@ -175,18 +184,20 @@ def scale_kernel(
     PARTS: tl.constexpr,
     RELU: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     """y = act(x * channel gate * spatial gate + residual) for BLOCK_P pixels. Reads x (and residual), writes y."""
+    C, P = aligned(C, P, UNIT, CHANNELS_LAST)
     ACC: tl.constexpr = z_ptr.dtype.element_ty
     pid = tl.program_id(0)
     if BATCH_STATISTICS:
         o_part = tl.arange(0, PARTS)
         m_part = o_part < programs
-        b_count = tl.load(part_ptr + o_part * 3, mask=m_part, other=0)
-        b_mean = tl.load(part_ptr + o_part * 3 + 1, mask=m_part, other=0)
-        b_m2 = tl.load(part_ptr + o_part * 3 + 2, mask=m_part, other=0)
+        b_count = tl.load(part_ptr + o_part, mask=m_part, other=0)
+        b_mean = tl.load(part_ptr + programs + o_part, mask=m_part, other=0)
+        b_m2 = tl.load(part_ptr + 2 * programs + o_part, mask=m_part, other=0)
         mean = tl.sum(b_count * b_mean, axis=0) / COUNT
         m2 = tl.sum(b_m2 + b_count * (b_mean - mean) * (b_mean - mean), axis=0)
         variance = m2 / COUNT
@@ -240,10 +251,12 @@ def dspatial_kernel(
     C,
     P,
     CHANNELS_LAST: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     """dlogit[p] = gate' * sum_c dy * u of BLOCK_P pixels, and its sums for BatchNorm. Reads dy and x."""
+    C, P = aligned(C, P, UNIT, CHANNELS_LAST)
     ACC: tl.constexpr = z_ptr.dtype.element_ty
     pid = tl.program_id(0)
     blocks = tl.cdiv(P, BLOCK_P)
@@ -277,7 +290,7 @@ def conv_bwd_kernel(
     statistics_ptr,  # (2,)
     dlogit_ptr,  # (N, P)
     part_ptr,  # (programs, 2) of dspatial_kernel
-    conv_weight_ptr,  # (2, KERNEL, KERNEL)
+    conv_weight_ptr,  # (2, KERNEL, KERNEL), in either layout
     weight_ptr,  # (1,) or None
     spatial_ptr,  # (N, 3, P), its last two maps written: gradients of the maximum and of each channel by the mean
     dconv_ptr,  # (programs, 2, KERNEL, KERNEL), written
@@ -289,6 +302,8 @@ def conv_bwd_kernel(
     H,
     W,
     BATCH_STATISTICS: tl.constexpr,
+    MAP_STRIDE: tl.constexpr,
+    TAP_STRIDE: tl.constexpr,
     KERNEL: tl.constexpr,
     TAPS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -315,8 +330,8 @@ def conv_bwd_kernel(
 
     o_t = tl.arange(0, TAPS)
     m_t = o_t < KERNEL * KERNEL
-    b_wmax = tl.load(conv_weight_ptr + o_t, mask=m_t, other=0).to(ACC)
-    b_wmean = tl.load(conv_weight_ptr + KERNEL * KERNEL + o_t, mask=m_t, other=0).to(ACC)
+    b_wmax = tl.load(conv_weight_ptr + o_t * TAP_STRIDE, mask=m_t, other=0).to(ACC)
+    b_wmean = tl.load(conv_weight_ptr + MAP_STRIDE + o_t * TAP_STRIDE, mask=m_t, other=0).to(ACC)
     b_dwmax = tl.zeros([TAPS, BLOCK], ACC)
     b_dwmean = tl.zeros([TAPS, BLOCK], ACC)
     for start in range(pid * BLOCK, COUNT, tl.num_programs(0) * BLOCK):
@@ -347,16 +362,15 @@ def conv_bwd_kernel(
     tl.store(p_dconv + KERNEL * KERNEL, tl.sum(b_dwmean, axis=1), mask=m_t)
 
 
-def _pixel_tile(x: Tensor) -> config.Tile:
-    n, c, h, w = x.shape
-    return config.pixel_tile(n, c, h * w, x.element_size(), is_channels_last(x), _channel.multiprocessors(x))
-
-
-def _conv_tile(x: Tensor, kernel: int) -> tuple[int, int, int]:
-    """Padded taps, pixels a tile, and programs of the convolution."""
+def _conv_tile(x: Tensor, weight: Tensor) -> tuple[dict[str, int], int, int]:
+    """The kernels' view of the convolution, pixels a tile, and programs."""
+    kernel = weight.shape[-1]
     taps = config.next_power_of_2(kernel * kernel)
-    block = max(config.TILE // taps, 1)
-    return taps, block, min(config.cdiv(x.shape[0] * x.shape[2] * x.shape[3], block), CONV_PROGRAMS)
+    # A network in channels_last has its weights so, too: [KERNEL, KERNEL, 2].
+    map_stride, tap_stride = (1, 2) if is_channels_last(weight) else (kernel * kernel, 1)
+    conv = {"KERNEL": kernel, "TAPS": taps, "MAP_STRIDE": map_stride, "TAP_STRIDE": tap_stride}
+    block = max(config.TILE // 2 // taps, 1)  # a gather of 64-bit pointers costs registers
+    return conv, block, min(config.cdiv(x.shape[0] * x.shape[2] * x.shape[3], block), CONV_PROGRAMS)
 
 
 def _forward(
@@ -381,34 +395,27 @@ def _forward(
     save: bool,
 ) -> tuple[Tensor, ...]:
     n, c, h, w = x.shape
-    channels_last = is_channels_last(x)
-    maps = x.new_empty((n, 2, h, w), dtype=_channel.accumulator(x))
+    maps = x.new_empty((n, 2, h, w), dtype=accumulation_dtype(x))
     if w1 is None:
         pool = argmax = pre = gate = None
     else:
         pool, argmax, part = _channel.squeeze(x, w1, pools)
         pre, gate = _channel.launch_excite(x, part, b1, w2, b2)
-    tile = _pixel_tile(x)
+    tile = pixel_tile(x)
     grid = (n * config.cdiv(h * w, tile.block_p),)
     spatial_argmax = x.new_empty((n, h, w), dtype=torch.int32)
     channel_pool_kernel[grid](
         x,
         gate,
         maps,
-        spatial_argmax,
+        spatial_argmax if save else None,
         c,
         h * w,
-        CHANNELS_LAST=channels_last,
-        BLOCK_C=tile.block_c,
-        BLOCK_P=tile.block_p,
-        num_warps=tile.num_warps,
+        **tile_options(x, tile),
     )
-    kernel = conv_weight.shape[-1]
-    taps, block, programs = _conv_tile(x, kernel)
-    z, parts, statistics = maps.new_empty((n, h, w)), maps.new_empty((programs, 3)), maps.new_empty(2)
-    conv_fwd_kernel[(programs,)](
-        maps, conv_weight, z, parts, n * h * w, h, w, KERNEL=kernel, TAPS=taps, BLOCK=block, num_warps=8
-    )
+    conv, block, programs = _conv_tile(x, conv_weight)
+    z, parts, statistics = maps.new_empty((n, h, w)), maps.new_empty((3, programs)), maps.new_empty(2)
+    conv_fwd_kernel[(programs,)](maps, conv_weight, z, parts, n * h * w, h, w, **conv, BLOCK=block, num_warps=8)
     y, mask = torch.empty_like(x), empty_mask(x, relu and save)
     momentum_high = 0.0 if momentum is None else _float32(momentum)
     scale_kernel[grid](
@@ -437,21 +444,17 @@ def _forward(
         CUMULATIVE=momentum is None,
         PARTS=config.next_power_of_2(programs),
         RELU=relu,
-        CHANNELS_LAST=channels_last,
-        BLOCK_C=tile.block_c,
-        BLOCK_P=tile.block_p,
-        num_warps=tile.num_warps,
+        **tile_options(x, tile),
     )
     if update:
         buffers = [t for t in (running_mean, running_var, batches) if t is not None]
         torch.autograd.graph.increment_version(buffers)
-    none = maps.new_empty(0)
-    channel = (none, none, none, none) if gate is None else (pool, argmax, pre, gate)
+    channel = (pool, argmax, pre, gate) if gate is not None else [maps.new_empty(0) for _ in range(4)]
     return y, *channel, maps, spatial_argmax, z, statistics, mask
 
 
 def _float32(value: float) -> float:
-    return torch.tensor(value, dtype=torch.float32).item()
+    return struct.unpack("f", struct.pack("f", value))[0]
 
 
 def _forward_fake(
@@ -476,7 +479,7 @@ def _forward_fake(
     save,
 ):
     n, _, h, w = x.shape
-    maps = x.new_empty((n, 2, h, w), dtype=_channel.accumulator(x))
+    maps = x.new_empty((n, 2, h, w), dtype=accumulation_dtype(x))
     if w1 is None:
         channel = tuple(maps.new_empty(0) for _ in range(4))
     else:
@@ -510,7 +513,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     n, c, h, w = x.shape
     dy, mask = like(dy, x), mask if relu else None
-    tile = _pixel_tile(x)
+    tile = pixel_tile(x)
     pixel_programs = n * config.cdiv(h * w, tile.block_p)
     spatial, dlogit = z.new_empty((n, 3, h, w)), torch.empty_like(z)
     parts = z.new_empty((pixel_programs, 2))
@@ -528,13 +531,9 @@ def _backward(
         parts,
         c,
         h * w,
-        CHANNELS_LAST=is_channels_last(x),
-        BLOCK_C=tile.block_c,
-        BLOCK_P=tile.block_p,
-        num_warps=tile.num_warps,
+        **tile_options(x, tile),
     )
-    kernel = conv_weight.shape[-1]
-    taps, block, programs = _conv_tile(x, kernel)
+    conv, block, programs = _conv_tile(x, conv_weight)
     dconv = z.new_empty((programs, *conv_weight.shape))
     dweight, dbias = z.new_empty(1), z.new_empty(1)
     conv_bwd_kernel[(programs,)](
@@ -555,8 +554,7 @@ def _backward(
         h,
         w,
         BATCH_STATISTICS=batch_statistics,
-        KERNEL=kernel,
-        TAPS=taps,
+        **conv,
         BLOCK=block,
         num_warps=8,
     )
@@ -702,6 +700,7 @@ def is_fusable(norm: object) -> bool:
         and norm.num_features == 1
         and (norm.running_mean is None) == (norm.running_var is None)
         and (norm.momentum is not None or norm.num_batches_tracked is not None or norm.running_mean is None)
+        and not (norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks)
     )
 
 
@@ -719,16 +718,7 @@ def cbam(
     ``x`` and ``residual`` (N, C, H, W), dense in the same layout; ``norm`` as :func:`is_fusable` wants it. Its buffers
     are updated inside the kernels, once.
     """
-    w1, b1, w2, b2 = mlp
-    parameters = (
-        None if w1 is None else w1.contiguous(),
-        b1,
-        None if w2 is None else w2.contiguous(),
-        b2,
-        conv_weight.contiguous(),
-        norm.weight,
-        norm.bias,
-    )
+    parameters = (*contiguous(*mlp), dense(conv_weight), norm.weight, norm.bias)
     update = norm.training and norm.track_running_stats and norm.running_mean is not None
     buffers = norm.running_mean, norm.running_var, norm.num_batches_tracked
     options = uses_batch_statistics(norm), update, norm.momentum, norm.eps, relu

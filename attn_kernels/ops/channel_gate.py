@@ -23,16 +23,15 @@ from attn_kernels.ops._channel import (
     empty_dweights,
     empty_saved,
     excite,
-    plane_chunk,
-    plane_tile,
     pool_bits,
     pool_count,
     squeeze,
 )
-from attn_kernels.ops._device import load_tile, store_tail
+from attn_kernels.ops._device import aligned, load_tile, store_tail
+from attn_kernels.ops._launch import plane_chunk, plane_tile, tile_options
 from attn_kernels.ops._library import (
+    contiguous,
     empty_mask,
-    is_channels_last,
     like,
     needs_grad,
     reference_gradients,
@@ -53,8 +52,8 @@ def scale_kernel(
     b1_ptr,  # (H,) or None
     w2_ptr,  # (C, H)
     b2_ptr,  # (C,) or None
-    pre_ptr,  # (N, K, H), written
-    gate_ptr,  # (N, C), written
+    pre_ptr,  # (N, K, H), written, or None
+    gate_ptr,  # (N, C), written, or None
     C,
     P,
     H,
@@ -65,11 +64,13 @@ def scale_kernel(
     GATE: tl.constexpr,
     RELU: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     """y = act(x * gate + residual) for BLOCK_C planes and CHUNK pixels. Reads x (and residual), writes y."""
+    C, P = aligned(C, P, UNIT, CHANNELS_LAST)
     blocks = tl.cdiv(C, BLOCK_C)
     splits = tl.cdiv(P, CHUNK)
     pid = tl.program_id(0)
@@ -117,8 +118,8 @@ def _forward(
         b1,
         w2,
         b2,
-        pre,
-        gate,
+        pre if save else None,
+        gate if save else None,
         c,
         h * w,
         hidden,
@@ -128,11 +129,8 @@ def _forward(
         ACTIVATION=activation,
         GATE=gate_name,
         RELU=relu,
-        CHANNELS_LAST=is_channels_last(x),
-        BLOCK_C=tile.block_c,
-        BLOCK_P=tile.block_p,
-        BLOCK_H=config.hidden_block(hidden),
-        num_warps=tile.num_warps,
+        BLOCK_H=config.hidden_block(hidden, tile.block_c),
+        **tile_options(x, tile),
     )
     return y, pool, argmax, pre, gate, mask
 
@@ -250,7 +248,7 @@ def channel_gate(
     relu: bool,
 ) -> Tensor:
     """The fused operator, differentiable; ``x`` and ``residual`` (N, C, H, W), dense in the same layout."""
-    w1, w2 = w1.contiguous(), w2.contiguous()
+    w1, b1, w2, b2 = contiguous(w1, b1, w2, b2)
     if needs_grad(x, w1, b1, w2, b2, residual):
         return _ChannelGate.apply(x, w1, b1, w2, b2, residual, tuple(pool_types), mlp_activation, gate, relu)
     pools = pool_bits(pool_types)

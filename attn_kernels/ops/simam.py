@@ -17,17 +17,17 @@ import triton.language as tl
 from torch import Tensor
 
 from attn_kernels.ops import _config as config
-from attn_kernels.ops._channel import accumulator, multiprocessors
-from attn_kernels.ops._device import load_tail_grad, load_tile, store_tail, store_tile
+from attn_kernels.ops._device import aligned, load_tail_grad, load_tile, store_tail, store_tile
+from attn_kernels.ops._launch import tile_options, whole_plane_tile
 from attn_kernels.ops._library import (
     empty_mask,
-    is_channels_last,
     like,
     needs_grad,
     reference_gradients,
     register,
     unmask,
 )
+from reference._common import accumulation_dtype
 from reference.simam import simam as formula
 
 
@@ -56,19 +56,21 @@ def simam_fwd_kernel(
     residual_ptr,  # (N, C, P) or None
     y_ptr,  # (N, C, P), written
     mask_ptr,  # bits of the ReLU, written, or None
-    mean_ptr,  # (N, C), written
-    q_ptr,  # (N, C), written
+    mean_ptr,  # (N, C), written, or None
+    q_ptr,  # (N, C), written, or None
     C,
     P,
     LAMBDA: tl.constexpr,
     RELU: tl.constexpr,
     WHOLE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     """y of BLOCK_C planes. Reads x once if the planes fit the tile (WHOLE), else twice."""
-    ACC: tl.constexpr = mean_ptr.dtype.element_ty
+    C, P = aligned(C, P, UNIT, CHANNELS_LAST)
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     blocks = tl.cdiv(C, BLOCK_C)
     i_n = (tl.program_id(0) // blocks).to(tl.int64)
     c = tl.program_id(0) % blocks * BLOCK_C
@@ -86,8 +88,9 @@ def simam_fwd_kernel(
             b_tile = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
             b_mean, b_m2 = _merge_moments(b_mean, b_m2, b_tile, p, P, BLOCK_P)
     b_q = 1 / (4 * (b_m2 / n + LAMBDA))
-    tl.store(mean_ptr + i_n * C + o_c, b_mean, mask=m_c)
-    tl.store(q_ptr + i_n * C + o_c, b_q, mask=m_c)
+    if mean_ptr is not None:
+        tl.store(mean_ptr + i_n * C + o_c, b_mean, mask=m_c)
+        tl.store(q_ptr + i_n * C + o_c, b_q, mask=m_c)
 
     if WHOLE:
         b_y = _gated(b_x, b_mean, b_q)
@@ -134,10 +137,12 @@ def simam_bwd_kernel(
     P,
     WHOLE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     """dx of BLOCK_C planes. Reads dy and x once if the planes fit the tile (WHOLE), else twice; writes dx."""
+    C, P = aligned(C, P, UNIT, CHANNELS_LAST)
     ACC: tl.constexpr = mean_ptr.dtype.element_ty
     blocks = tl.cdiv(C, BLOCK_C)
     i_n = (tl.program_id(0) // blocks).to(tl.int64)
@@ -174,41 +179,33 @@ def simam_bwd_kernel(
             store_tile(b_dx, dx_ptr, i_n, c, p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
 
 
-def _tile(x: Tensor) -> config.Tile:
-    n, c, h, w = x.shape
-    return config.whole_plane_tile(n, c, h * w, x.element_size(), is_channels_last(x), multiprocessors(x))
-
-
 def _forward(
     x: Tensor, residual: Tensor | None, e_lambda: float, relu: bool, save: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, c, h, w = x.shape
-    tile = _tile(x)
+    tile = whole_plane_tile(x)
     y, mask = torch.empty_like(x), empty_mask(x, relu and save)
-    mean = x.new_empty((n, c), dtype=accumulator(x))
+    mean = x.new_empty((n, c), dtype=accumulation_dtype(x))
     q = torch.empty_like(mean)
     simam_fwd_kernel[(n * config.cdiv(c, tile.block_c),)](
         x,
         residual,
         y,
         mask if relu and save else None,
-        mean,
-        q,
+        mean if save else None,
+        q if save else None,
         c,
         h * w,
         LAMBDA=e_lambda,
         RELU=relu,
         WHOLE=tile.block_p >= h * w,
-        CHANNELS_LAST=is_channels_last(x),
-        BLOCK_C=tile.block_c,
-        BLOCK_P=tile.block_p,
-        num_warps=tile.num_warps,
+        **tile_options(x, tile),
     )
     return y, mean, q, mask
 
 
 def _forward_fake(x, residual, e_lambda, relu, save):
-    mean = x.new_empty(x.shape[:2], dtype=accumulator(x))
+    mean = x.new_empty(x.shape[:2], dtype=accumulation_dtype(x))
     return torch.empty_like(x), mean, torch.empty_like(mean), empty_mask(x, relu and save)
 
 
@@ -216,7 +213,7 @@ def _backward(
     dy: Tensor, x: Tensor, mean: Tensor, q: Tensor, mask: Tensor, relu: bool, need_dresidual: bool
 ) -> tuple[Tensor, Tensor]:
     n, c, h, w = x.shape
-    tile = _tile(x)
+    tile = whole_plane_tile(x)
     dx = torch.empty_like(x)
     dresidual = torch.empty_like(x) if need_dresidual else None
     simam_bwd_kernel[(n * config.cdiv(c, tile.block_c),)](
@@ -230,10 +227,7 @@ def _backward(
         c,
         h * w,
         WHOLE=tile.block_p >= h * w,
-        CHANNELS_LAST=is_channels_last(x),
-        BLOCK_C=tile.block_c,
-        BLOCK_P=tile.block_p,
-        num_warps=tile.num_warps,
+        **tile_options(x, tile),
     )
     return dx, x.new_empty(0) if dresidual is None else dresidual
 

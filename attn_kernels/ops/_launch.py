@@ -1,0 +1,62 @@
+"""Launch configuration of a tensor: ``_config``'s pure functions, asked for a tensor's shape, layout and device."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from attn_kernels.ops import _config as config
+from attn_kernels.ops._library import is_channels_last
+
+
+@functools.lru_cache
+def _multiprocessors(device_index: int | None) -> int:
+    return torch.cuda.get_device_properties(device_index).multi_processor_count
+
+
+def multiprocessors(x: Tensor) -> int:
+    """Of x's GPU; 1 under the interpreter, which runs programs one after another."""
+    return _multiprocessors(x.device.index) if x.is_cuda else 1
+
+
+def _tile(choose, x: Tensor) -> config.Tile:
+    n, c, h, w = x.shape
+    return choose(n, c, h * w, x.element_size(), is_channels_last(x), multiprocessors(x))
+
+
+def plane_tile(x: Tensor) -> config.Tile:
+    """For kernels that walk along planes."""
+    return _tile(config.plane_tile, x)
+
+
+def pixel_tile(x: Tensor) -> config.Tile:
+    """For kernels that walk along channels."""
+    return _tile(config.pixel_tile, x)
+
+
+def whole_plane_tile(x: Tensor) -> config.Tile:
+    """For kernels that keep whole planes, where they fit."""
+    return _tile(config.whole_plane_tile, x)
+
+
+def tile_options(x: Tensor, tile: config.Tile) -> dict[str, int]:
+    """A kernel's constexpr arguments for tiles of x, and its warps."""
+    _, c, h, w = x.shape
+    channels_last = is_channels_last(x)
+    return {
+        "CHANNELS_LAST": channels_last,
+        "UNIT": config.vector_length(c if channels_last else h * w, x.element_size()),
+        "BLOCK_C": tile.block_c,
+        "BLOCK_P": tile.block_p,
+        "num_warps": tile.num_warps,
+    }
+
+
+def plane_chunk(x: Tensor, tile: config.Tile) -> tuple[int, int]:
+    """Pixels a program (a multiple of the tile's) and programs a plane, for kernels that sum over no pixels."""
+    n, c, h, w = x.shape
+    tiles = config.cdiv(h * w, tile.block_p)
+    chunk = config.cdiv(tiles, config.plane_splits(n, c, h * w, tile, multiprocessors(x))) * tile.block_p
+    return chunk, config.cdiv(h * w, chunk)

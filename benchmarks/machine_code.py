@@ -1,0 +1,338 @@
+"""The machine code of the kernels that modules launch, without a GPU.
+
+Modules run on meta tensors, which have no memory: every launch is caught where Triton would compile it, with the
+signature that Triton's own launcher makes of the arguments. What was caught is then compiled for any architecture, and
+PTX and SASS are read by the tools that Triton's wheel carries.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from types import ModuleType
+from typing import NamedTuple
+from unittest.mock import patch
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.meter import CPU_KERNEL
+
+# Triton and attn_kernels are imported inside functions: kernels choose between interpreter and compiler at import.
+
+VECTOR_BITS = 128
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A compute capability's limits (CUDA programming guide, "Technical Specifications"), and a device that has it."""
+
+    capability: int
+    device: str
+    multiprocessors: int
+    warps: int  # that a multiprocessor holds
+    programs: int  # likewise
+    shared: int  # bytes of a multiprocessor
+    shared_a_program: int  # bytes that a program may ask for
+
+    @property
+    def name(self) -> str:
+        return f"sm_{self.capability}"
+
+    def occupancy(self, registers: int, shared: int, warps: int) -> int:
+        """Programs that a multiprocessor holds at once."""
+        # Registers are dealt out to warps by 256, to each of four schedulers from a quarter of the file; 1 KB of shared
+        # memory a program is the system's, and the rest is dealt out by 128 bytes.
+        warps_by_registers = 4 * (65536 // 4 // (-(-registers * 32 // 256) * 256))
+        shared_taken = -(-shared // 128) * 128 + 1024
+        limits = self.programs, self.warps // warps, warps_by_registers // warps, self.shared // shared_taken
+        return min(limits)
+
+
+KB = 1024
+ARCHITECTURES = {
+    architecture.name: architecture
+    for architecture in (
+        Architecture(80, "A100", 108, 64, 32, 164 * KB, 163 * KB),
+        Architecture(89, "RTX 4090", 128, 48, 24, 100 * KB, 99 * KB),
+        Architecture(90, "H100", 132, 64, 32, 228 * KB, 227 * KB),
+        Architecture(100, "B200", 148, 64, 32, 228 * KB, 227 * KB),
+        Architecture(120, "RTX 5090", 170, 48, 24, 100 * KB, 99 * KB),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What Triton compiles a launch to: equal for launches that run the same code."""
+
+    module: str
+    name: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[tuple[int, ...], object], ...]
+    attributes: tuple[tuple[tuple[int, ...], object], ...]
+    options: tuple[tuple[str, object], ...]
+
+    def constant(self, name: str) -> object:
+        """The value of a constexpr argument; None where the kernel has no such argument."""
+        names = [argument for argument, _ in self.signature]
+        return dict(self.constants).get((names.index(name),)) if name in names else None
+
+    @property
+    def is_fp64(self) -> bool:
+        return any(kind == "*fp64" for _, kind in self.signature)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, the positions of its arguments that are tensors like x, and whether x's rows are 16-byte vectors."""
+
+    kernel: Kernel
+    full_size: frozenset[int]
+    vector: bool
+
+
+@contextmanager
+def launching_on_meta(multiprocessors: int) -> Iterator[None]:
+    """Inside the block modules of ``attn_kernels`` launch on meta tensors, as on a GPU of that size."""
+    from attn_kernels import functional
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(functional, "_DEVICES", ("meta",)))
+        for module in ops():
+            if hasattr(module, "multiprocessors"):
+                stack.enter_context(patch.object(module, "multiprocessors", lambda x: multiprocessors))
+        stack.enter_context(_Launchers())
+        yield
+
+
+@contextmanager
+def capture(multiprocessors: int, x: Tensor) -> Iterator[list[Launch]]:
+    """Catch, in place of running it, what is launched inside the block on a module's input ``x`` of the meta device.
+
+    Raises:
+        RuntimeError: Triton interprets its kernels, so that there is nothing to compile.
+    """
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    from attn_kernels.ops._config import vector_length
+    from attn_kernels.ops._library import is_channels_last
+
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("kernels cannot be compiled under TRITON_INTERPRET=1: unset it")
+    _, c, h, w = x.shape
+    row = c if is_channels_last(x) else h * w
+    vector = vector_length(row, x.element_size()) * x.element_size() == 16
+    launches: list[Launch] = []
+    run = JITFunction.run
+
+    def catch(function: JITFunction, *args, grid, warmup, **kwargs) -> None:
+        arguments = dict(zip(function.arg_names, args, strict=False)) | kwargs
+        values = [arguments[name] for name in function.arg_names]
+        full_size = frozenset(i for i, value in enumerate(values) if is_like(value, x))
+        options = {name: value for name, value in kwargs.items() if name not in function.arg_names}
+
+        def hook(*, compile, **_) -> bool:
+            launches.append(Launch(_kernel(function, compile, options), full_size, vector))
+            return True  # do not compile
+
+        with patch.object(triton.knobs.runtime, "jit_cache_hook", hook):
+            run(function, *args, grid=grid, warmup=warmup, **kwargs)
+
+    triton.runtime.driver.set_active(_NoDriver())
+    try:
+        with patch.object(JITFunction, "run", catch), launching_on_meta(multiprocessors):
+            yield launches
+    finally:
+        triton.runtime.driver.set_active(None)  # found anew where one is needed
+
+
+def is_like(value: object, x: Tensor) -> bool:
+    """Whether a kernel's argument is a tensor of x's size and dtype."""
+    return isinstance(value, Tensor) and value.numel() == x.numel() and value.dtype == x.dtype
+
+
+class _NoDriver:
+    """All that Triton's launcher asks of a driver before it compiles."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self):
+        return _target(90)  # the signature is the same for all
+
+
+class _Launchers(TorchDispatchMode):
+    """Runs an operator's launcher on meta tensors too, in place of its fake."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "attn_kernels":
+            return func.redispatch(CPU_KERNEL, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _target(capability: int):
+    from triton.backends.compiler import GPUTarget
+
+    return GPUTarget("cuda", capability, 32)
+
+
+def _kernel(function, compile: dict, options: dict) -> Kernel:
+    (attributes,) = compile["configs"]
+    freeze = {path: tuple(map(tuple, value)) for path, value in attributes.items()}
+    return Kernel(
+        function.__module__,
+        function.__name__,
+        *(tuple(d.items()) for d in (compile["signature"], compile["constants"], freeze, options)),
+    )
+
+
+def ops() -> list[ModuleType]:
+    """The modules that define kernels."""
+    import attn_kernels.ops
+
+    return [import_module(f"attn_kernels.ops.{module.name}") for module in iter_modules(attn_kernels.ops.__path__)]
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """What ptxas made of a kernel; ``shared`` and ``stack`` in bytes, the latter a thread's."""
+
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    warps: int
+    fp64: int  # instructions of PTX
+    accesses: tuple[Access, ...]  # to global memory, by PTX
+    sass: Sass | None
+
+
+class Access(NamedTuple):
+    """A load or store of PTX: the position of the kernel's argument that it goes through, and its width."""
+
+    kind: str
+    argument: int
+    bits: int
+
+
+class Sass(NamedTuple):
+    """What the instructions that run confirm."""
+
+    bits: Counter[tuple[str, int]]  # accesses to global memory by kind and width
+    local: int  # accesses to local memory
+    fp64: int
+
+
+def machine_code(kernel: Kernel, capability: int, disassemble: bool) -> MachineCode:
+    """Compile a kernel and read what came out; ``disassemble`` doubles the time that this takes."""
+    import triton
+    from triton.compiler import ASTSource
+
+    source = ASTSource(
+        getattr(import_module(kernel.module), kernel.name),
+        dict(kernel.signature),
+        dict(kernel.constants),
+        {path: [list(pair) for pair in value] for path, value in kernel.attributes},
+    )
+    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
+        triton.knobs.cache.dir = folder  # thousands of kernels are not to stay in the user's cache
+        compiled = triton.compile(source, target=_target(capability), options=dict(kernel.options))
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = dict(re.findall(r"(\w+):(\d+)", _tool("cuobjdump", "-res-usage", cubin)))
+        sass = parse_sass(_tool("nvdisasm", "-c", cubin)) if disassemble else None
+    ptx = compiled.asm["ptx"]
+    arguments = [i for i, (_, kind) in enumerate(kernel.signature) if kind != "constexpr"]
+    return MachineCode(
+        registers=int(usage["REG"]),
+        stack=int(usage["STACK"]),
+        local=int(usage["LOCAL"]),
+        shared=compiled.metadata.shared,
+        warps=compiled.metadata.num_warps,
+        fp64=len(re.findall(r"^\s*(?:@!?%p\d+ )?(?!mov|ld|st)\S*\.f64", ptx, re.MULTILINE)),
+        accesses=tuple(access._replace(argument=arguments[access.argument]) for access in parse_ptx(ptx)),
+        sass=sass,
+    )
+
+
+@cache
+def _tools() -> Path:
+    import triton.backends.nvidia
+
+    return Path(triton.backends.nvidia.__file__).parent / "bin"
+
+
+def _tool(name: str, *arguments: str | Path) -> str:
+    return subprocess.run([_tools() / name, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def parse_ptx(ptx: str) -> Iterator[Access]:
+    """The accesses to global memory, each traced through address arithmetic to the parameter that it starts from.
+
+    Raises:
+        ValueError: an address of unknown origin.
+    """
+    lines = [re.sub(r"^@!?%p\d+ ", "", line.strip()) for line in ptx.splitlines()]
+    roots = _address_roots(lines)
+    for line in lines:
+        if re.match(r"(ld|st|atom|red)\.global|cp\.async\.c[ag]", line):
+            known = [roots[register] for register in re.findall(r"\[ *(%rd\d+)", line) if register in roots]
+            if not known:
+                raise ValueError(f"an address of unknown origin: {line}")
+            yield Access("load" if line.startswith(("ld", "cp")) else "store", known[0], _bits(line))
+
+
+def _address_roots(lines: list[str]) -> dict[str, int]:
+    """The parameter that each register's address starts from."""
+    roots: dict[str, int] = {}
+    arithmetic: list[list[str]] = []  # registers of an instruction, the one that it writes first
+    for line in lines:
+        if parameter := re.match(r"ld\.param\.[bu]64\s+(%rd\d+), \[\w+_param_(\d+)\]", line):
+            roots[parameter[1]] = int(parameter[2])
+        elif re.match(r"mad|(add|sub|mov|cvta|selp)\S*64", line):
+            arithmetic.append(re.findall(r"%\w+", line))
+    grown = -1
+    while grown < (grown := len(roots)):  # blocks stand in any order
+        for target, *sources in arithmetic:
+            known = [roots[source] for source in sources if source in roots]
+            if known:
+                roots[target] = known[0]
+    return roots
+
+
+def _bits(line: str) -> int:
+    """The width of an access of PTX."""
+    if line.startswith("cp.async"):
+        return 8 * int(re.search(r"\], (\w+)", line)[1], 0)
+    vector, scalar = re.match(r"[\w.:]*?(?:\.v(\d))?\.[busf](\d+)\s", line).groups()
+    return int(vector or 1) * int(scalar)
+
+
+def parse_sass(sass: str) -> Sass:
+    opcodes = re.findall(r"^\s*/\*\w+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", sass, re.MULTILINE)
+    bits: Counter[tuple[str, int]] = Counter()
+    for opcode in opcodes:
+        name, *modifiers = opcode.split(".")
+        if name in ("LDG", "LDGSTS", "STG"):
+            widths = [int(m) for m in modifiers if m in ("64", "128", "256")]
+            narrow = 8 if {"U8", "S8"} & {*modifiers} else 16 if {"U16", "S16"} & {*modifiers} else 32
+            bits["store" if name == "STG" else "load", widths[0] if widths else narrow] += 1
+    return Sass(
+        bits,
+        local=sum(opcode.startswith(("LDL", "STL")) for opcode in opcodes),
+        fp64=sum(bool(re.match(r"D(ADD|MUL|FMA|SETP|MNMX|MMA)\b|.*\.F64|MUFU.*64", opcode)) for opcode in opcodes),
+    )

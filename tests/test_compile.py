@@ -1,0 +1,286 @@
+"""What Triton compiles for each architecture, without a GPU, and what the gate over it rejects."""
+
+import csv
+import math
+import os
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
+
+import attn_kernels
+from attn_kernels.functional import is_fused
+from attn_kernels.ops._device import tile_offsets
+from benchmarks.compile import (
+    BATCHES,
+    DTYPES,
+    MODULES,
+    NETWORK_SITES,
+    OPTION_SITES,
+    Case,
+    Site,
+    Variant,
+    cases,
+    describe,
+)
+from benchmarks.machine_code import (
+    ARCHITECTURES,
+    Access,
+    Kernel,
+    MachineCode,
+    Sass,
+    launching_on_meta,
+    ops,
+    parse_ptx,
+    parse_sass,
+)
+from benchmarks.shapes import LAYOUTS
+
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")
+
+# Every module forward and backward in both layouts, and a map of EfficientNet and one of MobileNetV3.
+FAST = {
+    "sm_80": ["--maps", "72x28x28", "240x14x14", "--dtypes", "fp16"],
+    "sm_89": ["--maps", "1024x14x14", "--dtypes", "fp32", "--modules", "SE", "SimAM"],
+    "sm_90": ["--maps", "1024x14x14", "--dtypes", "bf16"],
+    "sm_100": ["--maps", "256x56x56", "--dtypes", "bf16", "--modules", "SimAM", "BAM"],
+    "sm_120": ["--maps", "128x28x28", "512x28x28", "--dtypes", "fp64", "--modules", "SimAM"],
+}
+
+
+def compile_rows(tmp_path, architecture: str) -> tuple[subprocess.CompletedProcess, list[dict[str, str]]]:
+    """Run the command where Triton compiles, which it does not in this process."""
+    output = tmp_path / "compile.csv"
+    options = [*FAST[architecture], "--architectures", architecture, "--batches", "32", "--jobs", "1"]
+    process = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "compile", *options, "--output", output],
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+        cwd=os.path.dirname(os.path.dirname(__file__)),
+        capture_output=True,
+        text=True,
+    )
+    assert output.exists(), process.stderr
+    with output.open() as file:
+        return process, list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("architecture", FAST)
+def test_machine_code(architecture, tmp_path):
+    process, rows = compile_rows(tmp_path, architecture)
+    for row in rows:
+        assert row["dtype"] == "fp64" or row["stack_bytes"] == row["local_bytes"] == "0", row
+        assert int(row["shared_bytes"]) <= ARCHITECTURES[architecture].shared_a_program, row
+        assert int(row["programs_per_multiprocessor"]) >= 1, row
+        assert row["dtype"] == "fp64" or row["fp64_instructions"] == "0", row
+        if row["vector_rows"] == "1":
+            assert (row["vector_loads"], row["vector_stores"]) == (row["loads"], row["stores"]), row
+        assert not row["faults"]
+    if architecture == "sm_90":
+        assert {row["kernel"] for row in rows} == defined_kernels()
+    assert process.returncode == 0, process.stdout
+
+
+def defined_kernels() -> set[str]:
+    return {
+        f"{module.__name__.rpartition('.')[2].strip('_')}.{name.removesuffix('_kernel')}"
+        for module in ops()
+        for name, value in vars(module).items()
+        if name.endswith("_kernel") and value.fn.__module__ == module.__name__
+    }
+
+
+def launch(**changes) -> tuple[Variant, MachineCode]:
+    """A kernel that reads and writes x in fp16, whose rows are whole vectors, and nothing wrong with its code."""
+    signature = (("x_ptr", "*fp16"), ("gate_ptr", "*fp32"), ("C", "i32"), ("BLOCK_C", "constexpr"))
+    kernel = Kernel("attn_kernels.ops.simam", "simam_fwd_kernel", signature, (((3,), 64),), (), ())
+    case = Case(Site("resnet50", "SimAM", (256, 56, 56)), 32, "contiguous", "fp16")
+    variant = Variant(kernel, ARCHITECTURES["sm_90"], frozenset({0}), True, [case])
+    accesses = Access("load", 0, 128), Access("store", 0, 128), Access("load", 1, 32)
+    sass = Sass(Counter({("load", 128): 1, ("store", 128): 1, ("load", 32): 1}), local=0, fp64=0)
+    code = MachineCode(64, 0, 0, 1024, 8, 0, accesses, sass)
+    return variant, replace(code, **changes)
+
+
+class TestFaults:
+    def test_none(self):
+        row = describe(*launch())
+        assert row["faults"] == ""
+        assert (row["kernel"], row["block_c"], row["loads"], row["vector_loads"]) == ("simam.simam_fwd", 64, 1, 1)
+
+    @pytest.mark.parametrize(
+        ("changes", "fault"),
+        [
+            ({"stack": 8}, "spills"),
+            ({"local": 8}, "spills"),
+            ({"sass": Sass(Counter({("load", 128): 2}), local=1, fp64=0)}, "spills"),
+            ({"shared": 227 * 1024 + 1}, "shared memory"),
+            ({"registers": 255, "warps": 16}, "does not fit"),
+            ({"fp64": 1}, "float64"),
+            ({"sass": Sass(Counter({("load", 128): 2}), local=0, fp64=1)}, "float64"),
+            ({"accesses": (Access("load", 0, 64),)}, "x_ptr 64"),
+            ({"sass": Sass(Counter({("load", 64): 2, ("store", 128): 1}), local=0, fp64=0)}, "split vectors"),
+        ],
+    )
+    def test_one(self, changes, fault):
+        assert fault in describe(*launch(**changes))["faults"]
+
+    def test_rows_of_broken_vectors_may_be_read_piecemeal(self):
+        variant, code = launch(accesses=(Access("load", 0, 32),))
+        assert not describe(replace(variant, vector=False), code)["faults"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "registers", "shared", "warps", "programs"),
+    [
+        ("sm_90", 32, 0, 8, 8),  # threads
+        ("sm_90", 64, 0, 8, 4),  # registers
+        ("sm_90", 65, 0, 4, 7),  # dealt out by 256 a warp, 28 warps
+        ("sm_80", 16, 0, 1, 32),  # programs
+        ("sm_89", 32, 48 * 1024, 4, 2),  # shared memory, and the system's 1 KB
+        ("sm_120", 32, 0, 8, 6),
+    ],
+)
+def test_occupancy(architecture, registers, shared, warps, programs):
+    assert ARCHITECTURES[architecture].occupancy(registers, shared, warps) == programs
+
+
+def test_parse_ptx_traces_addresses_to_parameters():
+    ptx = """
+    ld.param.b64 \t%rd1, [kernel_param_0];
+    ld.param.b64 \t%rd2, [kernel_param_2];
+    bra \t$L__BB0_2;
+$L__BB0_1:
+    @%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd5 + 0 ];
+    @!%p2 st.global.L1::evict_first.v2.b32 [ %rd4 + 16 ], { %r1, %r2 };
+    cp.async.cg.shared.global [ %r9 + 0 ], [ %rd4 + 0 ], 0x10, %r3;
+$L__BB0_2:
+    mul.wide.s32 \t%rd3, %r7, 2;
+    add.s64 \t%rd5, %rd1, %rd3;
+    mad.wide.s32 \t%rd4, %r8, 4, %rd2;
+    ld.global.u16 \t%rs1, [%rd5+2];
+    """
+    assert list(parse_ptx(ptx)) == [
+        Access("load", 0, 128),
+        Access("store", 2, 64),
+        Access("load", 2, 128),
+        Access("load", 0, 16),
+    ]
+    with pytest.raises(ValueError, match="unknown origin"):
+        list(parse_ptx("ld.global.b32 { %r1 }, [ %rd1 + 0 ];"))
+
+
+def test_parse_sass():
+    sass = """
+        /*0030*/                   LDG.E.128 R4, desc[UR10][R4.64] ;
+        /*0040*/              @!P3 LDG.E.U16 R24, desc[UR10][R16.64+0x30] ;
+        /*0050*/                   LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64] ;
+        /*0060*/               @P6 STG.E.64 desc[UR10][R30.64], R24 ;
+        /*0070*/                   STL.64 [R1], R2 ;
+        /*0080*/                   DFMA R2, R4, R6, R8 ;
+        /*0090*/                   F2F.F64.F32 R2, R4 ;
+        /*00a0*/                   IMAD.WIDE R2, R4, 0x4, R6 ;
+    """
+    bits = {("load", 128): 2, ("load", 16): 1, ("store", 64): 1}
+    assert parse_sass(sass) == Sass(Counter(bits), local=1, fp64=2)
+
+
+def test_cases_are_those_that_were_asked_for():
+    everything = list(cases(MODULES, list(DTYPES), BATCHES, None))
+    assert len(set(everything)) == len(everything)
+    assert {case.site for case in everything} == {*NETWORK_SITES, *OPTION_SITES}
+    assert {(case.batch, case.layout, case.dtype) for case in everything if case.site in NETWORK_SITES} == {
+        (batch, layout, dtype) for batch in BATCHES for layout in LAYOUTS for dtype in ("fp16", "bf16", "fp32")
+    }
+    assert {case.site.module for case in everything if case.dtype == "fp64"} == {*MODULES}
+    few = list(cases(["SE"], ["bf16"], [32], ["72x28x28"]))
+    assert [(case.site.map, case.layout) for case in few] == [((72, 28, 28), layout) for layout in LAYOUTS]
+
+
+@interpreted
+class TestAddresses:
+    """The last program of each kernel, on tensors of more than 2**31 elements that have no memory."""
+
+    SHAPE = (2**19 + 1, 64, 8, 8)
+
+    @pytest.fixture
+    def touched(self, monkeypatch) -> list[tuple[str, int, int]]:
+        """Kernels that get a full-size tensor, and the least and the greatest address that they touch."""
+        found: list[tuple[str, int, int]] = []
+        spans: list[tuple[int, int]] = []
+        builder = interpreter.InterpreterBuilder
+        set_grid_dim, set_grid_idx = builder.set_grid_dim, builder.set_grid_idx
+
+        def touch(pointers, mask):
+            active = np.broadcast_to(mask.data, pointers.data.shape)
+            addresses = pointers.data[active].view(np.int64)
+            if addresses.size:
+                size = pointers.get_element_ty().primitive_bitwidth // 8
+                spans.append((int(addresses.min()), int(addresses.max()) + size))
+
+        def load(self, pointers, mask, *_):
+            touch(pointers, mask)
+            kind = pointers.get_element_ty()
+            return interpreter.TensorHandle(np.zeros(pointers.data.shape, interpreter._get_np_dtype(kind)), kind)
+
+        def launch(kernel, *args, grid, warmup, **kwargs):
+            arguments = [*args, *(kwargs[name] for name in kernel.arg_names[len(args) :])]
+            if not any(isinstance(a, torch.Tensor) and a.numel() == math.prod(self.SHAPE) for a in arguments):
+                return
+            full_grid = (*grid, 1, 1)[:3]
+            monkeypatch.setattr(builder, "set_grid_dim", lambda b, *_: set_grid_dim(b, *full_grid))
+            monkeypatch.setattr(builder, "set_grid_idx", lambda b, *_: set_grid_idx(b, *(n - 1 for n in full_grid)))
+            spans.clear()
+            interpreter.GridExecutor(kernel.rewrite(), kernel.arg_names, (1,))(*args, **kwargs)
+            found.append((kernel.__name__, min(low for low, _ in spans), max(high for _, high in spans)))
+
+        monkeypatch.setattr(builder, "create_masked_load", load)
+        monkeypatch.setattr(builder, "create_masked_store", lambda self, p, value, mask, *_: touch(p, mask))
+        monkeypatch.setattr(interpreter.GridExecutor, "_init_args_hst", lambda self, args, kwargs: (args, kwargs))
+        monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda self, *_: None)
+        monkeypatch.setattr(interpreter.InterpretedFunction, "run", launch)
+        return found
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("name", ["SE", "CBAM", "BAM", "SimAM"])
+    def test_reach_the_last_element_and_no_further(self, name, layout, touched):
+        with torch.device("meta"):
+            module = getattr(attn_kernels, name)(*(() if name == "SimAM" else (self.SHAPE[1],)))
+            x = torch.empty(self.SHAPE, dtype=torch.float16).to(memory_format=LAYOUTS[layout]).requires_grad_()
+        with launching_on_meta(132):
+            y = module(x, x, "relu")
+            torch.autograd.grad(y, x, torch.empty_like(y))
+        assert touched
+        for kernel, low, high in touched:
+            assert low >= 0, kernel
+            assert high == x.nbytes, kernel
+
+
+@triton.jit
+def _offsets_kernel(offsets_ptr, c, p, C, P, CHANNELS_LAST: tl.constexpr):
+    offsets = tile_offsets(c + tl.arange(0, 2), p + tl.arange(0, 2), C, P, CHANNELS_LAST)
+    tl.store(offsets_ptr + tl.arange(0, 2)[:, None] * 2 + tl.arange(0, 2)[None, :], offsets)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_offsets_within_the_largest_sample(channels_last, device):
+    """Offsets within a sample may be 32 bits wide only because larger samples are left to the reference."""
+    largest = (2**15, 2**15 - 1)
+    with launching_on_meta(132):
+        fused = [is_fused(torch.empty(1, *size, 1, device="meta")) for size in (largest, (2**15, 2**15))]
+    assert fused == [True, False]
+    for c, p in (
+        (largest[0] - 1, largest[1] - 1),
+        (2**16 - 1, largest[1] - 1),
+    ):  # the last element, and a tile's padding
+        offsets = torch.zeros(2, 2, dtype=torch.int64, device=device)
+        _offsets_kernel[(1,)](offsets, c - 1, p - 1, *largest, channels_last)
+        strides = (1, largest[0]) if channels_last else (largest[1], 1)
+        expected = [[i * strides[0] + j * strides[1] for j in (p - 1, p)] for i in (c - 1, c)]
+        assert offsets.tolist() == expected

@@ -1,0 +1,29 @@
+"""Launch configuration, over every shape that a network might have."""
+
+import itertools
+
+import pytest
+
+from attn_kernels.ops import _config as config
+
+CHANNELS = (1, 2, 3, 8, 16, 40, 64, 96, 240, 256, 1024, 2048, 4096)
+PIXELS = (1, 4, 16, 49, 196, 784, 3136, 12544, 50176)
+
+
+@pytest.mark.parametrize("choose", [config.plane_tile, config.pixel_tile, config.whole_plane_tile])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_tiles_fit(choose, channels_last):
+    for n, c, p, itemsize, sms in itertools.product((1, 8, 32, 256), CHANNELS, PIXELS, (2, 4, 8), (1, 58, 132)):
+        tile = choose(n, c, p, itemsize, channels_last, sms)
+        blocks = (tile.block_c, tile.block_p)
+        assert all(block & (block - 1) == 0 and block >= 1 for block in blocks)
+        assert blocks[0 if channels_last else 1] >= config.BYTE  # a ReLU's bits fill bytes
+        assert tile.block_c * tile.block_p <= 4 * config.TILE
+        assert 1 <= tile.num_warps <= 16
+        assert config.plane_splits(n, c, p, tile, sms) <= config.cdiv(p, tile.block_p)
+
+
+def test_few_partial_products():
+    for c, p, channels_last in itertools.product(CHANNELS, PIXELS, (False, True)):
+        tile = config.plane_tile(1, c, p, 2, channels_last, 132)
+        assert config.cdiv(c, tile.block_c) <= (128 if channels_last else 64)

@@ -1,0 +1,275 @@
+"""The traffic of every module against its budget, the record of it, and the model of L2 behind it."""
+
+import csv
+from argparse import ArgumentParser
+
+import numpy as np
+import pytest
+import torch
+
+import reference
+from benchmarks import inductor, traffic
+from benchmarks.__main__ import main
+from benchmarks.cache import SECTOR, Cache
+from benchmarks.check import LAYOUTS, forward_backward
+from benchmarks.meter import meter
+from benchmarks.traffic import DIRECTIONS, NOT_MEASURED, OPS, RESULTS, SMALL, Case, Pass, Result, measure
+
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="counts in Triton's interpreter")
+
+
+def load(cache, *sectors):
+    cache.touch(np.array(sectors), loads=True, stores=False)
+
+
+def store(cache, *sectors):
+    cache.touch(np.array(sectors), loads=False, stores=True)
+
+
+def counted(cache):
+    """Sectors fetched and written back."""
+    return cache.fetched // SECTOR, cache.written_back // SECTOR
+
+
+class TestCache:
+    def test_a_load_again_hits_while_its_sector_is_there(self):
+        cache = Cache(4 * SECTOR)
+        load(cache, 1, 2, 3)
+        load(cache, 1, 2, 3)
+        assert counted(cache) == (3, 0)
+
+    def test_a_load_again_misses_after_as_many_others_as_fit(self):
+        cache = Cache(4 * SECTOR)
+        for sector in (1, 2, 3, 4, 5, 1):
+            load(cache, sector)
+        assert counted(cache) == (6, 0)
+
+    def test_a_cyclic_walk_past_the_capacity_never_hits(self):
+        cache = Cache(4 * SECTOR)
+        for sector in (*range(5), *range(5), *range(5)):
+            load(cache, sector)
+        assert counted(cache) == (15, 0)
+
+    def test_a_walk_backwards_hits_what_the_walk_forwards_left(self):
+        cache = Cache(4 * SECTOR)
+        for sector in (*range(10), *reversed(range(10))):
+            load(cache, sector)
+        assert counted(cache) == (10 + 6, 0)
+
+    def test_evicts_the_least_recently_used(self):
+        cache = Cache(3 * SECTOR)
+        for sector in (1, 2, 3, 1, 4, 1, 3):  # 4 takes the place of 2, for 1 was used again
+            load(cache, sector)
+        assert counted(cache) == (4, 0)
+        load(cache, 2)
+        assert counted(cache) == (5, 0)
+
+    def test_a_store_fetches_nothing_and_is_written_back_once(self):
+        cache = Cache(4 * SECTOR)
+        for _ in range(3):
+            store(cache, 1)
+        load(cache, 1)
+        assert counted(cache) == (0, 0)
+        cache.flush()
+        cache.flush()
+        assert counted(cache) == (0, 1)
+
+    def test_what_is_evicted_dirty_is_written_back_and_fetched_again(self):
+        cache = Cache(2 * SECTOR)
+        store(cache, 1)
+        load(cache, 2)
+        load(cache, 3)
+        assert counted(cache) == (2, 1)
+        load(cache, 1)
+        assert counted(cache) == (3, 1)
+        cache.flush()
+        assert counted(cache) == (3, 1)
+
+    def test_an_atomic_fetches_and_is_written_back(self):
+        cache = Cache(2 * SECTOR)
+        cache.touch(np.array([7]), loads=True, stores=True)
+        cache.flush()
+        assert counted(cache) == (1, 1)
+
+    def test_elements_of_a_sector_are_one_access(self):
+        cache = Cache(4 * SECTOR)
+        cache.touch_addresses(np.arange(16, 80, 2), loads=True, stores=False)
+        assert counted(cache) == (3, 0)
+
+    def test_a_stream_goes_through_its_operands_in_step(self):
+        cache = Cache(8 * SECTOR)
+        cache.stream([np.arange(100)], [np.arange(100)])  # in place: what is written was just read
+        cache.flush()
+        assert counted(cache) == (100, 100)
+
+    def test_counts_what_is_distinct_within_a_launch(self):
+        cache = Cache(SECTOR)
+        load(cache, 1, 2)
+        load(cache, 2, 3)
+        store(cache, 3)
+        assert cache.distinct == 4 * SECTOR
+        cache.launch()
+        load(cache, 3)
+        assert cache.distinct == 5 * SECTOR
+
+    def test_agrees_with_a_list_in_the_order_of_use(self):
+        generator = np.random.default_rng(0)
+        cache, used, dirty, expected = Cache(50 * SECTOR), [], set(), [0, 0]
+        for _ in range(3000):
+            sector, stores = int(generator.zipf(1.3) % 200) * 40_000, bool(generator.integers(2))
+            (store if stores else load)(cache, sector)
+            if sector in used:
+                used.remove(sector)
+            else:
+                expected[0] += not stores
+            used.append(sector)
+            dirty |= {sector} if stores else set()
+            if len(used) > 50:
+                expected[1] += (victim := used.pop(0)) in dirty
+                dirty.discard(victim)
+        assert counted(cache) == tuple(expected)
+
+
+@interpreted
+class TestMeterWithCache:
+    def test_a_tensor_past_the_capacity_is_fetched_by_each_operator(self):
+        x = torch.ones(100, SECTOR // 4)
+        with meter(Cache(10 * SECTOR)) as small:
+            x.sum(), x.sum()
+        with meter(Cache(200 * SECTOR)) as large:
+            x.sum(), x.sum()
+        result = 2 * SECTOR  # a sum takes a sector of its own
+        assert small.dram == 2 * x.nbytes + result
+        assert large.dram == x.nbytes + result
+        assert [launch.fetched for launch in large.per_launch] == [x.nbytes, 0]
+
+    def test_strides_decide_which_sectors_a_tensor_has(self):
+        x = torch.ones(64, SECTOR // 4)
+        for t, sectors in ((x[::2], 32), (x[:, :1], 64), (x[0].expand(64, -1), 1), (x.t(), 64)):
+            with meter(cache := Cache(1000 * SECTOR)):
+                t.sum()
+            assert cache.fetched == sectors * SECTOR
+
+
+def case(op, shape, layout, mode="train"):
+    return Case(op, "", shape, shape[0] / traffic.BATCH, layout, mode, "float16", "H100")
+
+
+LAUNCHES = {"SE": (2, 4), "SE+add+ReLU": (2, 4), "CBAM": (5, 8), "BAM": None, "SimAM": (1, 1)}  # BAM's are PyTorch's
+
+
+@interpreted
+class TestBudget:
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("op", OPS)
+    def test_of_a_training_step(self, op, layout):
+        """On 28x28, and the smallest batch of which parameters weigh little."""
+        result = measure(case(op, (2, 256, 28, 28), layout), compiled=False)
+        fused = result.passes["fused"]
+        for found, launches in zip(fused, result.kernels, strict=True):
+            assert found.touched == pytest.approx(sum(kernel.loaded + kernel.stored for kernel in launches))
+            # DRAM sees x and y at least, and of what is touched at most whole sectors.
+            assert 2 <= found.dram <= found.touched * 1.05
+            assert 2 <= found.distinct <= found.touched * 1.05
+        if LAUNCHES[op]:
+            assert all(p.launches <= limit for p, limit in zip(fused, LAUNCHES[op], strict=True)), result.kernels
+        for found, budget, direction in zip(fused, result.case.budget, DIRECTIONS, strict=True):
+            assert found.moved <= budget * (1 + SMALL), f"{direction}: {result.kernels}"
+
+    def test_simam_in_channels_last_with_planes_that_no_program_holds(self):
+        result = measure(case("SimAM", (1, 64, 56, 56), "channels_last"), compiled=False)
+        forward, backward = result.passes["fused"]
+        assert result.case.budget == (3, 5)
+        assert (forward.launches, backward.launches) == (1, 1)
+        assert 2.9 < forward.touched <= 3.15
+        assert 4.9 < backward.touched <= 5.25
+
+
+class TestRecord:
+    @pytest.fixture(scope="class")
+    def rows(self):
+        with (RESULTS / "traffic.csv").open(newline="", encoding="utf-8") as file:
+            rows = {}
+            for row in csv.DictReader(file):
+                rows.setdefault(tuple(row[name] for name in traffic.PLACE), {})[row["provider"]] = row
+        return rows
+
+    def test_is_complete(self, rows):
+        parser = ArgumentParser()
+        traffic.add_arguments(parser)
+        expected = {traffic.place(case) for case in traffic.cases(parser.parse_args([]))}
+        assert rows.keys() == expected
+        for found in rows.values():
+            assert found.keys() == set(traffic.PROVIDERS)
+            assert found["compile"]["dram_forward"] == NOT_MEASURED
+            assert all(row["torch"] and row["triton"] and row["commit"] and row["command"] for row in found.values())
+
+    def test_fused_moves_no_more_than_torch_compile(self, rows):
+        over = {}
+        for place, found in rows.items():
+            fused, compiled = (
+                sum(float(found[provider][f"{kind}_{d}"] or 0) for d in DIRECTIONS)
+                for provider, kind in (("fused", "distinct"), ("compile", "touched"))
+            )
+            if fused > compiled:
+                over[place] = fused, compiled
+        assert not over
+
+
+class TestResult:
+    def result(self, fused, compiled):
+        passes = {"fused": [Pass(1, t) for t in fused], "compile": [Pass(1, t) for t in compiled]}
+        return Result(case("SE", (1, 16, 8, 8), "contiguous"), passes, [])
+
+    def test_complains_of_what_is_over(self):
+        assert self.result((3.1, 4.1), (3.2, 4.1)).complaints == []
+        assert len(self.result((3.1, 4.1), (3, 4)).complaints) == 1
+        assert self.result((3.4, 4), (5, 5)).complaints == ["forward moves 3.40N, the budget is 3N + 12%"]
+        assert len(self.result((4, 5), (3, 4)).complaints) == 3
+
+    def test_simam_has_two_budgets(self):
+        assert case("SimAM", (1, 16, 56, 56), "contiguous").budget == (2, 3)
+        assert case("SimAM", (1, 16, 56, 56), "channels_last").budget == (3, 5)
+        assert case("SimAM", (1, 16, 14, 14), "channels_last", "eval").budget == (2,)
+
+
+def test_inductor_counts_forward_and_backward():
+    x, dy = torch.randn(2, 256, 28, 28), torch.randn(2, 256, 28, 28)
+    forward, backward = inductor.graphs(reference.SE(256), lambda module: forward_backward(module, x, None, dy))
+    assert 3 <= forward.touched / x.nbytes <= 3 * (1 + SMALL)
+    assert 4 <= backward.touched / x.nbytes <= 4 * (1 + SMALL)
+    assert forward.launches > 1
+
+
+class TestCommand:
+    quick = ("traffic", "--op", "SimAM", "--shape", "2x16x7x7", "--layout", "contiguous", "--mode", "train")
+
+    def test_prints_every_figure_with_where_it_comes_from(self, capfd, monkeypatch):
+        monkeypatch.setattr("sys.argv", ["benchmarks", *self.quick])
+        written = (RESULTS / "traffic.csv").stat().st_mtime_ns
+        main((*self.quick, "--no-compile", "--kernels"))
+        out = capfd.readouterr().out
+        assert "2x16x7x7" in out
+        assert "not measured" in out
+        assert "simam_fwd_kernel" in out
+        assert f"torch {torch.__version__}" in out
+        assert "python -m benchmarks traffic --op SimAM" in out
+        assert (RESULTS / "traffic.csv").stat().st_mtime_ns == written
+
+    def test_refuses_a_shape_that_is_none(self, capsys):
+        with pytest.raises(SystemExit):
+            main(("traffic", "--shape", "2x16"))
+        assert "expected NxCxHxW, got 2x16" in capsys.readouterr().err
+
+    def test_draws_and_records_what_was_found(self, tmp_path, monkeypatch):
+        shape = (1, 16, 8, 8)
+        passes = {name: [Pass(1, 3.0, 3.0, 3.0), Pass(1, 4.0, 4.0, 4.0)] for name in ("eager", "fused")}
+        passes["compile"] = [Pass(1, 3.0), Pass(1, 4.0)]
+        results = [Result(case(op, shape, layout), passes, []) for op in OPS for layout in LAYOUTS]
+        traffic.draw(results, tmp_path / "traffic.png")
+        traffic.save(results, tmp_path / "traffic.csv")
+        assert (tmp_path / "traffic.png").stat().st_size > 10_000
+        assert len((tmp_path / "traffic.csv").read_text().splitlines()) == 1 + len(results) * 3
+        assert traffic.recorded(tmp_path / "traffic.csv") == {traffic.place(r.case): passes["compile"] for r in results}
+        monkeypatch.setattr(traffic, "_reference", lambda: "another")
+        assert traffic.recorded(tmp_path / "traffic.csv") == traffic.recorded(tmp_path / "none.csv") == {}
