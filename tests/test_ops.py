@@ -53,7 +53,8 @@ def test_planes_and_channels_larger_than_a_tile(module, layout, dtype, device, m
         cache_clear()
     monkeypatch.setattr(_config, "TILE", 512)
     monkeypatch.setattr(cbam, "CONV_PROGRAMS", 3)
-    shape = (2, 5, 45, 47) if module == "simam" else (2, 19, 17, 31)
+    # BatchNorm over 2 samples, in BAM, leaves little but signs.
+    shape = (2, 5, 45, 47) if module == "simam" else (3 if module == "bam" else 2, 19, 17, 31)
     build = lambda kit: MODULES[module](kit, shape[1])  # noqa: E731
     check(build, shape, DTYPES[dtype], layout, device, activation="relu", with_residual=True)
     for cache_clear in clear:
@@ -166,7 +167,7 @@ def test_any_shape(module, n, c, h, w, layout, tail, device):
 
 
 @pytest.mark.parametrize("module", ["channel_gate", "cbam", "bam"])
-@pytest.mark.parametrize("shape", [(3, 1024, 1, 1), (3, 1024, 2, 2), (3, 3, 40, 40)])
+@pytest.mark.parametrize("shape", [(2, 1024, 1, 1), (2, 3, 40, 40)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_tiles_at_their_narrowest(module, shape, layout, device):
     build = lambda kit: MODULES[module](kit, shape[1])  # noqa: E731
