@@ -164,7 +164,7 @@ class Result(NamedTuple):
             for name, moved, budget in zip(DIRECTIONS, fused, self.case.budget, strict=False)
             if moved > budget * (1 + SMALL)
         ]
-        if "compile" in self.passes and sum(fused) > (allowed := sum(p.moved for p in self.passes["compile"])):
+        if "compile" in self.passes and sum(fused) > (allowed := sum(p.moved for p in self.passes["compile"])) + 1e-6:
             found.append(f"{sum(fused):.2f}N in all, torch.compile {allowed:.2f}N")
         return found
 
