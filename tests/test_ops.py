@@ -48,7 +48,7 @@ def test_one_pixel(module, layout, dtype, device):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("module", MODULES)
 def test_planes_and_channels_larger_than_a_tile(module, layout, dtype, device, monkeypatch):
-    clear = [f.cache_clear for f in (_config.plane_tile, _config.pixel_tile, _config.whole_plane_tile)]
+    clear = [f.cache_clear for f in (_config.plane_tile, _config.pixel_tile, _config.whole_plane_tile, _config.channel_plan)]
     for cache_clear in clear:
         cache_clear()
     monkeypatch.setattr(_config, "TILE", 512)

@@ -14,6 +14,11 @@ TILE = 4096
 SECTOR = 32
 # Elements along the unit stride that a tile holds at least: one byte of the bits that a ReLU leaves.
 BYTE = 8
+# Bytes of x that a program of a ticketed launch reads at most where it can choose: two phases of all the programs that
+# run at once, 132 x 3 on an H100, stay within half of its L2.
+ITEM_BYTES = 32 * 1024
+# Samples of small planes that a program serves at most, so that it reads its weights once for all of them.
+SAMPLES = 16
 
 
 def next_power_of_2(n: int) -> int:
@@ -45,8 +50,13 @@ def vector_length(row: int, itemsize: int) -> int:
 
 
 @functools.lru_cache
-def plane_tile(n: int, c: int, p: int, itemsize: int, channels_last: bool, multiprocessors: int) -> Tile:
-    """For kernels that reduce or scale planes: a program owns ``block_c`` planes and walks along their pixels."""
+def plane_tile(
+    n: int, c: int, p: int, itemsize: int, channels_last: bool, multiprocessors: int, divided: bool = False
+) -> Tile:
+    """For kernels that reduce or scale planes: a program owns ``block_c`` planes and walks along their pixels.
+
+    Where planes are ``divided`` among programs, fewer of them make enough programs.
+    """
     if channels_last:
         # Rows of 256 bytes; of 64 where there would be too few programs, and of a sector where still too few.
         block_c, least = min(next_power_of_2(c), 256 // itemsize), max(SECTOR // itemsize, BYTE)
@@ -58,7 +68,8 @@ def plane_tile(n: int, c: int, p: int, itemsize: int, channels_last: bool, multi
         block_c = min(max(TILE // min(next_power_of_2(p), 128), least), next_power_of_2(c))
     while block_c > least:
         enough = multiprocessors if channels_last and block_c * itemsize <= 64 else 3 * multiprocessors
-        if n * cdiv(c, block_c) >= enough:
+        tiles = cdiv(p, max(TILE // block_c, 1)) if divided else 1
+        if n * cdiv(c, block_c) * tiles >= enough:
             break
         block_c //= 2
     block_c = max(block_c, BYTE) if channels_last else min(block_c, TILE // BYTE)
@@ -66,10 +77,52 @@ def plane_tile(n: int, c: int, p: int, itemsize: int, channels_last: bool, multi
     return Tile.of(block_c, block_p, c if channels_last else p, itemsize)
 
 
-def plane_splits(n: int, c: int, p: int, tile: Tile, multiprocessors: int) -> int:
-    """Into how many programs the pixels of a plane are divided where no sum runs over them."""
-    programs = n * cdiv(c, tile.block_c)
-    return min(cdiv(p, tile.block_p), max(cdiv(4 * multiprocessors, programs), 1))
+@dataclass(frozen=True)
+class ChannelPlan:
+    """How squeeze and excitation are divided: items of ``samples`` x ``tile.block_c`` channels x ``chunk`` pixels.
+
+    A sample has ``blocks`` x ``splits`` of them; ``groups`` of samples follow one another, the first phase of a group
+    ``lead`` groups ahead of its second (see _tickets.py).
+    """
+
+    tile: Tile
+    samples: int
+    chunk: int
+    splits: int
+    blocks: int
+    groups: int
+    lead: int
+    block_h: int
+
+    @property
+    def items(self) -> int:
+        return self.blocks * self.splits
+
+
+@functools.lru_cache
+def channel_plan(
+    n: int, c: int, p: int, hidden: int, itemsize: int, channels_last: bool, multiprocessors: int
+) -> ChannelPlan:
+    """For the channel gate, whose MLP has ``hidden`` units; 0 where there is none."""
+    tile = plane_tile(n, c, p, itemsize, channels_last, multiprocessors, True)
+    tiles, samples, block_h = cdiv(p, tile.block_p), 1, hidden_block(hidden, tile.block_c)
+    if tiles == 1 and 16 * hidden > p * itemsize:
+        # The weights of a channel, in float32, are more than a quarter of its plane: they stay in registers while
+        # samples pass.
+        block_c = min(tile.block_c, max(TILE // next_power_of_2(hidden), SECTOR // itemsize, BYTE))
+        samples = SAMPLES
+        while samples > 1 and cdiv(n, samples) * cdiv(c, block_c) < 2 * multiprocessors:
+            samples //= 2
+        if samples > 1:
+            tile = Tile.of(block_c, tile.block_p, c if channels_last else p, itemsize)
+            block_h = min(max(next_power_of_2(hidden), 16), TILE // block_c)
+    blocks = cdiv(c, tile.block_c)
+    most = max(ITEM_BYTES // (tile.block_c * tile.block_p * itemsize), 1)
+    least = max(n * blocks * tiles // (4 * multiprocessors), 1)
+    chunk = cdiv(tiles, cdiv(tiles, min(most, least))) * tile.block_p
+    splits, groups = cdiv(p, chunk), cdiv(n, samples)
+    lead = min(max(cdiv(2 * multiprocessors, blocks * splits), 1), groups)
+    return ChannelPlan(tile, samples, chunk, splits, blocks, groups, lead, block_h)
 
 
 @functools.lru_cache

@@ -26,11 +26,6 @@ def _tile(choose, x: Tensor) -> config.Tile:
     return choose(n, c, h * w, x.element_size(), is_channels_last(x), multiprocessors(x))
 
 
-def plane_tile(x: Tensor) -> config.Tile:
-    """For kernels that walk along planes."""
-    return _tile(config.plane_tile, x)
-
-
 def pixel_tile(x: Tensor) -> config.Tile:
     """For kernels that walk along channels."""
     return _tile(config.pixel_tile, x)
@@ -54,9 +49,7 @@ def tile_options(x: Tensor, tile: config.Tile) -> dict[str, int]:
     }
 
 
-def plane_chunk(x: Tensor, tile: config.Tile) -> tuple[int, int]:
-    """Pixels a program (a multiple of the tile's) and programs a plane, for kernels that sum over no pixels."""
+def channel_plan(x: Tensor, hidden: int) -> config.ChannelPlan:
+    """For the channel gate of x."""
     n, c, h, w = x.shape
-    tiles = config.cdiv(h * w, tile.block_p)
-    chunk = config.cdiv(tiles, config.plane_splits(n, c, h * w, tile, multiprocessors(x))) * tile.block_p
-    return chunk, config.cdiv(h * w, chunk)
+    return config.channel_plan(n, c, h * w, hidden, x.element_size(), is_channels_last(x), multiprocessors(x))

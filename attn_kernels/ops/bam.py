@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from attn_kernels.ops import _config as config
-from attn_kernels.ops._channel import squeeze
+from attn_kernels.ops._channel import pool
 from attn_kernels.ops._device import aligned, load_tail_grad, load_tile, store_tail, store_tile
 from attn_kernels.ops._launch import pixel_tile, tile_options
 from attn_kernels.ops._library import (
@@ -216,7 +216,7 @@ def _apply_backward_fake(dy, x, channel, spatial, mask, relu, need_dresidual):
 
 
 def _mean(x: Tensor) -> Tensor:
-    return squeeze(x, None, 1)[0].view(x.shape[:2])
+    return pool(x, 1)[0].view(x.shape[:2])
 
 
 def _mean_fake(x):

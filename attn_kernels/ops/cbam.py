@@ -2,10 +2,11 @@
 
 Woo et al., ECCV 2018, equations 1 to 3. N = bytes of x; maps of one value a pixel are small beside it.
 
-Forward, 5 launches, 4N (+ N residual): the channel gate's squeeze reads x; its excitation; the channel pool reads x;
-the convolution and the batch's statistics on maps; the scale reads x and writes y. u itself is never written.
-Backward, 6 launches, 6N (+ N dresidual): the spatial gate's gradient reads dy and x; the convolution's backward, 2, on
-maps; the channel gate's gradient reads dy and x; dx reads dy and writes dx; the weights' gradients.
+Forward, 3 launches, 3N (+ N residual): the channel gate reads x and, while it is still in L2 (see _tickets.py), the
+channel pool reads it again; the convolution and the batch's statistics on maps; the scale reads x and writes y. u
+itself is never written.
+Backward, 5 launches, 5N (+ N dresidual): the spatial gate's gradient reads dy and x; the convolution's backward, 2, on
+maps; the channel gate's reads dy and x, dy again from L2, and writes dx; the weights' gradients.
 Without the channel gate 3 launches, 3N and 4 launches, 4N.
 Saved: x, O(N * C) of the channel gate, and maps: the two pools, the argmax and the convolution's output; with ReLU one
 bit an element.
@@ -22,10 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from attn_kernels.ops import _channel
+from attn_kernels.ops import _channel, _channel_bwd
 from attn_kernels.ops import _config as config
 from attn_kernels.ops._device import aligned, load_tail_grad, load_tile, store_tail
-from attn_kernels.ops._launch import pixel_tile, tile_options
+from attn_kernels.ops._launch import channel_plan, pixel_tile, tile_options
 from attn_kernels.ops._library import (
     contiguous,
     dense,
@@ -37,6 +38,7 @@ from attn_kernels.ops._library import (
     register,
     unmask,
 )
+from attn_kernels.ops._tickets import counters, flag, second_flag, signal, take_ticket, wait, work_item
 from reference._common import accumulation_dtype, uses_batch_statistics
 from reference.cbam import channel_gate, spatial_gate
 
@@ -45,24 +47,21 @@ CONV_PROGRAMS = 256
 
 
 @triton.jit
-def channel_pool_kernel(
-    x_ptr,  # (N, C, P)
-    gate_ptr,  # (N, C) or None
-    maps_ptr,  # (N, 2, P), written: maximum, mean
-    argmax_ptr,  # (N, P), written, or None
+def _channel_pool(
+    x_ptr,
+    gate_ptr,
+    maps_ptr,
+    argmax_ptr,
+    i_n,
+    p,
     C,
     P,
     CHANNELS_LAST: tl.constexpr,
-    UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     """Maximum, its lowest channel, and mean over the channels of x * gate, of BLOCK_P pixels. Reads x."""
-    C, P = aligned(C, P, UNIT, CHANNELS_LAST)
     ACC: tl.constexpr = maps_ptr.dtype.element_ty
-    blocks = tl.cdiv(P, BLOCK_P)
-    i_n = (tl.program_id(0) // blocks).to(tl.int64)
-    p = tl.program_id(0) % blocks * BLOCK_P
     o_p = p + tl.arange(0, BLOCK_P)
     m_p = o_p < P
     b_sum = tl.zeros([BLOCK_C, BLOCK_P], ACC)
@@ -72,7 +71,8 @@ def channel_pool_kernel(
         o_c = c + tl.arange(0, BLOCK_C)
         b_u = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
         if gate_ptr is not None:
-            b_u *= tl.load(gate_ptr + i_n * C + o_c, mask=o_c < C, other=0)[:, None]
+            b_gate = tl.load(gate_ptr + i_n * C + o_c, mask=o_c < C, other=0, cache_modifier=".cg")
+            b_u *= b_gate[:, None]
         b_sum += b_u
         b_u = tl.where((o_c < C)[:, None], b_u, float("-inf"))
         b_max, b_arg = _channel.running_max(b_max, b_arg, b_u, o_c[:, None])
@@ -82,6 +82,90 @@ def channel_pool_kernel(
     tl.store(p_map + P, tl.sum(b_sum, axis=0) / C, mask=m_p)
     if argmax_ptr is not None:
         tl.store(argmax_ptr + i_n * P + o_p, b_first, mask=m_p)
+
+
+@triton.jit(do_not_specialize=["N", "groups", "lead"])
+def pools_kernel(
+    x_ptr,  # (N, C, P)
+    w1_ptr,  # (H, C), or None where there is no channel gate
+    b1_ptr,  # (H,) or None
+    w2_ptr,  # (C, H)
+    b2_ptr,  # (C,) or None
+    stats_ptr,  # (N, S, Q, C), written, or None if S = 1
+    arg_ptr,  # (N, S, C), written, or None
+    pool_ptr,  # (N, K, C), written
+    argmax_ptr,  # (N, C), written if MAX
+    part_ptr,  # (N, J, K, H), written
+    pre_ptr,  # (N, K, H), written
+    gate_ptr,  # (N, C), written, or None where there is no channel gate
+    counters_ptr,
+    maps_ptr,  # (N, 2, P), written: maximum, mean
+    spatial_argmax_ptr,  # (N, P), written, or None
+    N,
+    groups,
+    lead,
+    C,
+    P,
+    H,
+    CHUNK,
+    AVG: tl.constexpr,
+    MAX: tl.constexpr,
+    LP: tl.constexpr,
+    LSE: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    POOL_C: tl.constexpr,
+    POOL_P: tl.constexpr,
+):
+    """The channel gate, and the pools over the channels of x * gate. Reads x twice, the second time from L2."""
+    C, P = aligned(C, P, UNIT, CHANNELS_LAST)
+    K: tl.constexpr = AVG + MAX + LP + LSE
+    blocks = tl.cdiv(P, POOL_P)
+    if gate_ptr is None:
+        pid = tl.program_id(0)
+        i_n = (pid // blocks).to(tl.int64)
+        _channel_pool(
+            x_ptr, None, maps_ptr, spatial_argmax_ptr, i_n, pid % blocks * POOL_P, C, P,
+            CHANNELS_LAST, POOL_C, POOL_P,
+        )  # fmt: skip
+    else:
+        J = tl.cdiv(C, BLOCK_C)
+        S = tl.cdiv(P, CHUNK)
+        ticket = take_ticket(counters_ptr)
+        # In the second phase the gates come first, one block of channels an item.
+        second, group, item = work_item(ticket, groups, lead, J * S, J + SAMPLES * blocks, J)
+        if not second:
+            _channel.squeeze(
+                x_ptr, w1_ptr, stats_ptr, arg_ptr, pool_ptr, argmax_ptr, part_ptr, counters_ptr,
+                groups, group, item, N, C, P, H, CHUNK,
+                AVG, MAX, LP, LSE, SAMPLES, CHANNELS_LAST, BLOCK_C, BLOCK_P, BLOCK_H,
+            )  # fmt: skip
+            signal(flag(counters_ptr, group))
+        elif item < J:
+            c = item * BLOCK_C
+            b_w2 = None
+            if SAMPLES > 1:
+                o_c = c + tl.arange(0, BLOCK_C)
+                b_w2 = _channel.load_w2(w2_ptr, o_c, tl.arange(0, BLOCK_H), C, H, pool_ptr.dtype.element_ty)
+            wait(flag(counters_ptr, group), J * S)
+            for i in range(group * SAMPLES, tl.minimum(group * SAMPLES + SAMPLES, N)):
+                _channel.excite(
+                    part_ptr, b1_ptr, w2_ptr, b_w2, b2_ptr, pre_ptr, gate_ptr, tl.cast(i, tl.int64), c,
+                    item == 0, True, C, H, J, K, "relu", "sigmoid", BLOCK_C, BLOCK_H,
+                )  # fmt: skip
+            signal(second_flag(counters_ptr, groups, group))
+        else:
+            i_n = (group * SAMPLES + (item - J) // blocks).to(tl.int64)
+            if i_n < N:
+                wait(second_flag(counters_ptr, groups, group), J)
+                _channel_pool(
+                    x_ptr, gate_ptr, maps_ptr, spatial_argmax_ptr, i_n, (item - J) % blocks * POOL_P, C, P,
+                    CHANNELS_LAST, POOL_C, POOL_P,
+                )  # fmt: skip
 
 
 @triton.jit
@@ -396,22 +480,48 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     n, c, h, w = x.shape
     maps = x.new_empty((n, 2, h, w), dtype=accumulation_dtype(x))
-    if w1 is None:
-        pool = argmax = pre = gate = None
-    else:
-        pool, argmax, part = _channel.squeeze(x, w1, pools)
-        pre, gate = _channel.launch_excite(x, part, b1, w2, b2)
-    tile = pixel_tile(x)
-    grid = (n * config.cdiv(h * w, tile.block_p),)
     spatial_argmax = x.new_empty((n, h, w), dtype=torch.int32)
-    channel_pool_kernel[grid](
+    hidden = 0 if w1 is None else w1.shape[0]
+    plan, tile = channel_plan(x, hidden), pixel_tile(x)
+    grid = (n * config.cdiv(h * w, tile.block_p),)
+    if w1 is None:
+        pool = argmax = pre = gate = stats = arg = part = tickets = None
+        programs = grid
+    else:
+        pool, argmax, pre, gate = _channel.empty_saved(x, w1, pools)
+        stats, arg = _channel.empty_stats(x, plan, pools)
+        part, tickets = pool.new_empty((n, plan.blocks, pool.shape[1], hidden)), counters(x, plan)
+        second = plan.blocks + plan.samples * config.cdiv(h * w, tile.block_p)
+        programs = (plan.groups * (plan.items + second),)
+    pools_kernel[programs](
         x,
+        w1,
+        b1,
+        w2,
+        b2,
+        stats,
+        arg,
+        pool,
+        argmax,
+        part,
+        pre,
         gate,
+        tickets,
         maps,
         spatial_argmax if save else None,
+        n,
+        plan.groups,
+        plan.lead,
         c,
         h * w,
-        **tile_options(x, tile),
+        hidden,
+        plan.chunk,
+        **_channel.pool_flags(pools),
+        SAMPLES=plan.samples,
+        BLOCK_H=plan.block_h,
+        POOL_C=tile.block_c,
+        POOL_P=tile.block_p,
+        **tile_options(x, plan.tile),
     )
     conv, block, programs = _conv_tile(x, conv_weight)
     z, parts, statistics = maps.new_empty((n, h, w)), maps.new_empty((3, programs)), maps.new_empty(2)
@@ -559,10 +669,10 @@ def _backward(
         num_warps=8,
     )
     if w1 is None:
-        dx, dresidual = _channel.launch_dx(dy, mask, x, spatial, spatial_argmax, need_dresidual)
+        dx, dresidual = _channel_bwd.launch_dx(dy, mask, x, spatial, spatial_argmax, need_dresidual)
         channel = [x.new_empty(0) for _ in range(4)]
     else:
-        dx, dresidual, *channel = _channel.backward(
+        dx, dresidual, *channel = _channel_bwd.backward(
             dy,
             mask,
             x,

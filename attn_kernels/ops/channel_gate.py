@@ -2,9 +2,10 @@
 
 Hu et al., CVPR 2018, equations 2 to 4; Woo et al., ECCV 2018, equation 2. N = bytes of x.
 
-Forward, 2 launches, 3N (+ N residual): the squeeze reads x; the scale reads x and writes y.
-Backward, 3 launches, 4N (+ N dresidual): the gate's gradient reads dy and x; dx reads dy and writes dx (lp and lse
-read x again); the weights' gradients touch no full-size tensor.
+Forward, 1 launch, 2N (+ N residual): x is read for the pools and, while it is still in L2 (see _tickets.py), once more
+for y.
+Backward, 2 launches, 3N (+ N dresidual): dy and x are read for the gate's gradient, dy again from L2 for dx (x, too,
+for lp and lse); the weights' gradients touch no full-size tensor.
 Saved: x, and O(N * C): the pools, the hidden layer before its activation, the gate; one bit an element with ReLU.
 """
 
@@ -17,18 +18,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attn_kernels.ops import _config as config
 from attn_kernels.ops._channel import (
-    backward,
     empty_dweights,
     empty_saved,
+    empty_stats,
     excite,
+    load_w2,
     pool_bits,
-    pool_count,
+    pool_flags,
     squeeze,
 )
+from attn_kernels.ops._channel_bwd import backward
 from attn_kernels.ops._device import aligned, load_tile, store_tail
-from attn_kernels.ops._launch import plane_chunk, plane_tile, tile_options
+from attn_kernels.ops._launch import channel_plan, tile_options
 from attn_kernels.ops._library import (
     contiguous,
     empty_mask,
@@ -38,55 +40,81 @@ from attn_kernels.ops._library import (
     register,
     unmask,
 )
+from attn_kernels.ops._tickets import counters, flag, signal, take_ticket, wait, work_item
 from reference.cbam import POOLS
 from reference.se import GATES, mlp
 
 
-@triton.jit
-def scale_kernel(
+@triton.jit(do_not_specialize=["N", "groups", "lead"])
+def channel_gate_kernel(
     x_ptr,  # (N, C, P)
     residual_ptr,  # (N, C, P) or None
     y_ptr,  # (N, C, P), written
     mask_ptr,  # bits of the ReLU, written, or None
-    part_ptr,  # (N, J, K, H)
+    w1_ptr,  # (H, C)
     b1_ptr,  # (H,) or None
     w2_ptr,  # (C, H)
     b2_ptr,  # (C,) or None
+    stats_ptr,  # (N, S, Q, C), written, or None if S = 1
+    arg_ptr,  # (N, S, C), written, or None
+    pool_ptr,  # (N, K, C), written
+    argmax_ptr,  # (N, C), written if MAX
+    part_ptr,  # (N, J, K, H), written
     pre_ptr,  # (N, K, H), written, or None
     gate_ptr,  # (N, C), written, or None
+    counters_ptr,
+    N,
+    groups,
+    lead,
     C,
     P,
     H,
-    J,
     CHUNK,
-    K: tl.constexpr,
+    AVG: tl.constexpr,
+    MAX: tl.constexpr,
+    LP: tl.constexpr,
+    LSE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATE: tl.constexpr,
     RELU: tl.constexpr,
+    SAMPLES: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """y = act(x * gate + residual) for BLOCK_C planes and CHUNK pixels. Reads x (and residual), writes y."""
+    """y = act(x * gate + residual). Reads x twice, the second time from L2 (and residual), writes y."""
     C, P = aligned(C, P, UNIT, CHANNELS_LAST)
-    blocks = tl.cdiv(C, BLOCK_C)
-    splits = tl.cdiv(P, CHUNK)
-    pid = tl.program_id(0)
-    i_n = (pid // (blocks * splits)).to(tl.int64)
-    i_c = pid // splits % blocks
-    i_s = pid % splits
-    c = i_c * BLOCK_C
-    first = (i_c == 0) & (i_s == 0)
-    b_gate = excite(
-        part_ptr, b1_ptr, w2_ptr, b2_ptr, pre_ptr, gate_ptr, i_n, c, first, i_s == 0, C, H, J,
-        K, ACTIVATION, GATE, BLOCK_C, BLOCK_H,
-    )  # fmt: skip
-    for p in range(i_s * CHUNK, min(i_s * CHUNK + CHUNK, P), BLOCK_P):
-        b_x = load_tile(x_ptr, i_n, c, p, C, P, b_gate.dtype, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-        b_y = b_x * b_gate[:, None]
-        store_tail(b_y, y_ptr, residual_ptr, mask_ptr, i_n, c, p, C, P, RELU, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+    K: tl.constexpr = AVG + MAX + LP + LSE
+    J = tl.cdiv(C, BLOCK_C)
+    S = tl.cdiv(P, CHUNK)
+    second, group, item = work_item(take_ticket(counters_ptr), groups, lead, J * S, J * S, 0)
+    if second:
+        i_s = item % S
+        c = item // S * BLOCK_C
+        b_w2 = None
+        if SAMPLES > 1:
+            o_c = c + tl.arange(0, BLOCK_C)
+            b_w2 = load_w2(w2_ptr, o_c, tl.arange(0, BLOCK_H), C, H, pool_ptr.dtype.element_ty)
+        wait(flag(counters_ptr, group), J * S)
+        for i in range(group * SAMPLES, tl.minimum(group * SAMPLES + SAMPLES, N)):
+            i_n = tl.cast(i, tl.int64)
+            b_gate = excite(
+                part_ptr, b1_ptr, w2_ptr, b_w2, b2_ptr, pre_ptr, gate_ptr, i_n, c, item == 0, i_s == 0, C, H, J,
+                K, ACTIVATION, GATE, BLOCK_C, BLOCK_H,
+            )  # fmt: skip
+            for p in range(i_s * CHUNK, tl.minimum(i_s * CHUNK + CHUNK, P), BLOCK_P):
+                b_x = load_tile(x_ptr, i_n, c, p, C, P, b_gate.dtype, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+                b_y = b_x * b_gate[:, None]
+                store_tail(b_y, y_ptr, residual_ptr, mask_ptr, i_n, c, p, C, P, RELU, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+    else:
+        squeeze(
+            x_ptr, w1_ptr, stats_ptr, arg_ptr, pool_ptr, argmax_ptr, part_ptr, counters_ptr,
+            groups, group, item, N, C, P, H, CHUNK,
+            AVG, MAX, LP, LSE, SAMPLES, CHANNELS_LAST, BLOCK_C, BLOCK_P, BLOCK_H,
+        )  # fmt: skip
+        signal(flag(counters_ptr, group))
 
 
 def _forward(
@@ -103,36 +131,40 @@ def _forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, c, h, w = x.shape
-    hidden, k = w1.shape[0], pool_count(pools)
-    pool, argmax, part = squeeze(x, w1, pools)
-    y, pre, gate = torch.empty_like(x), pool.new_empty((n, k, hidden)), pool.new_empty((n, c))
-    mask = empty_mask(x, relu and save)
-    tile = plane_tile(x)
-    chunk, splits = plane_chunk(x, tile)
-    scale_kernel[(n * config.cdiv(c, tile.block_c) * splits,)](
+    hidden = w1.shape[0]
+    plan = channel_plan(x, hidden)
+    y, mask = torch.empty_like(x), empty_mask(x, relu and save)
+    pool, argmax, pre, gate = empty_saved(x, w1, pools)
+    channel_gate_kernel[(2 * plan.groups * plan.items,)](
         x,
         residual,
         y,
         mask if relu and save else None,
-        part,
+        w1,
         b1,
         w2,
         b2,
+        *empty_stats(x, plan, pools),
+        pool,
+        argmax,
+        pool.new_empty((n, plan.blocks, pool.shape[1], hidden)),
         pre if save else None,
         gate if save else None,
+        counters(x, plan),
+        n,
+        plan.groups,
+        plan.lead,
         c,
         h * w,
         hidden,
-        part.shape[1],
-        chunk,
-        K=k,
+        plan.chunk,
+        **pool_flags(pools),
         ACTIVATION=activation,
         GATE=gate_name,
         RELU=relu,
-        BLOCK_H=config.hidden_block(hidden, tile.block_c),
-        **tile_options(x, tile),
-        # It needs 112: left to itself, ptxas spills 8 or 16 bytes for the sake of a higher occupancy.
-        maxnreg=128,
+        SAMPLES=plan.samples,
+        BLOCK_H=plan.block_h,
+        **tile_options(x, plan.tile),
     )
     return y, pool, argmax, pre, gate, mask
 

@@ -1,0 +1,382 @@
+"""Squeeze and excitation of channels, backward: the part that SE and CBAM's channel gate share.
+
+Two phases of one launch (see _tickets.py) and one on small matrices. The first reads dy and x: the gradient of the
+gate, and partial sums over channels of fc2's transposed product (``dpart``). The second adds those up, goes back
+through fc1 to the pools, reads dy again and writes dx. Then the weights' gradients, from what both have left.
+
+Shapes as in _channel.py; dlogit (N, C); dpart (N, J, H); dpre (N, K, H).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attn_kernels.ops import _config as config
+from attn_kernels.ops._channel import empty_dweights, load_w1, load_w2, pool_count, pool_flags, sum_parts
+from attn_kernels.ops._device import (
+    activate,
+    activate_bwd,
+    aligned,
+    gate_bwd,
+    load_tail_grad,
+    load_tile,
+    store_tile,
+)
+from attn_kernels.ops._launch import channel_plan, tile_options
+from attn_kernels.ops._tickets import counters, flag, is_last_of, signal, split_counter, take_ticket, wait, work_item
+
+
+@triton.jit
+def _channel_grad(b_dy, spatial_ptr, argmax_ptr, i_n, o_c, o_p, P, ACC: tl.constexpr):
+    """The gradient of the channel-gated x: dy itself, or behind a spatial gate dy * gate plus that gate's pools."""
+    if spatial_ptr is not None:
+        m_p = o_p < P
+        p_map = spatial_ptr + i_n * 3 * P + o_p
+        b_gate = tl.load(p_map, mask=m_p, other=0)
+        b_dmax = tl.load(p_map + P, mask=m_p, other=0)
+        b_dmean = tl.load(p_map + 2 * P, mask=m_p, other=0)
+        b_argmax = tl.load(argmax_ptr + i_n * P + o_p, mask=m_p, other=-1)
+        b_dy = b_dy * b_gate[None, :] + b_dmean[None, :]
+        b_dy += tl.where(o_c[:, None] == b_argmax[None, :], b_dmax[None, :], 0.0)
+    return b_dy
+
+
+@triton.jit
+def _dgate(
+    dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, w2_ptr, gate_ptr, dlogit_ptr, dpart_ptr, stats_ptr,
+    counters_ptr, groups, group, item, N, C, P, H, CHUNK, GATE: tl.constexpr, SAMPLES: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """dlogit[c] = gate' * sum_p dy * x and fc2[c, :]^T @ dlogit[c] of a work item. Reads dy and x."""
+    ACC: tl.constexpr = gate_ptr.dtype.element_ty
+    J = tl.cdiv(C, BLOCK_C)
+    S = tl.cdiv(P, CHUNK)
+    i_j = item // S
+    i_s = item % S
+    c = i_j * BLOCK_C
+    o_c = c + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    b_w2 = None
+    if SAMPLES > 1:
+        b_w2 = load_w2(w2_ptr, o_c, tl.arange(0, BLOCK_H), C, H, ACC)
+    for i in range(group * SAMPLES, tl.minimum(group * SAMPLES + SAMPLES, N)):
+        i_n = tl.cast(i, tl.int64)
+        b_sum = tl.zeros([BLOCK_C, BLOCK_P], ACC)
+        for p in range(i_s * CHUNK, tl.minimum(i_s * CHUNK + CHUNK, P), BLOCK_P):
+            b_dy = load_tail_grad(dy_ptr, mask_ptr, None, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+            b_x = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+            o_p = p + tl.arange(0, BLOCK_P)
+            b_sum += _channel_grad(b_dy, spatial_ptr, spatial_argmax_ptr, i_n, o_c, o_p, P, ACC) * b_x
+        b_dgate = tl.sum(b_sum, axis=1)
+        last = True
+        if stats_ptr is not None:
+            p_stats = stats_ptr + i_n * S * C + o_c
+            tl.store(p_stats + i_s * C, b_dgate, mask=m_c)
+            last = is_last_of(split_counter(counters_ptr, groups, i_n * J + i_j), S)
+            if last:
+                b_dgate = tl.zeros([BLOCK_C], ACC)
+                for s in range(0, S):
+                    b_dgate += tl.load(p_stats + s * C, mask=m_c, other=0, cache_modifier=".cg")
+        if last:
+            b_gate = tl.load(gate_ptr + i_n * C + o_c, mask=m_c, other=0)
+            b_dlogit = tl.where(m_c, gate_bwd(b_dgate, b_gate, GATE), 0.0)
+            tl.store(dlogit_ptr + i_n * C + o_c, b_dlogit, mask=m_c)
+            p_dpart = dpart_ptr + (i_n * J + i_j) * H
+            if b_w2 is not None:
+                o_h = tl.arange(0, BLOCK_H)
+                tl.store(p_dpart + o_h, tl.sum(b_w2 * b_dlogit[:, None], axis=0), mask=o_h < H)
+            else:
+                for h in range(0, H, BLOCK_H):
+                    o_h = h + tl.arange(0, BLOCK_H)
+                    b_w = load_w2(w2_ptr, o_c, o_h, C, H, ACC)
+                    tl.store(p_dpart + o_h, tl.sum(b_w * b_dlogit[:, None], axis=0), mask=o_h < H)
+
+
+@triton.jit
+def _dpool(b_dhidden, b_w1, pre_ptr, dpre_ptr, first, o_h, m_h, store, ACTIVATION: tl.constexpr):
+    """[BLOCK_C] gradient of a pool from BLOCK_H hidden units; stores dpre, the gradient before their activation."""
+    b_pre = tl.load(pre_ptr + first + o_h, mask=m_h, other=0)
+    b_dpre = activate_bwd(b_dhidden, b_pre, ACTIVATION)
+    tl.store(dpre_ptr + first + o_h, b_dpre, mask=m_h & store)
+    return tl.sum(b_w1 * b_dpre[:, None], axis=0)
+
+
+@triton.jit(do_not_specialize=["N", "groups", "lead"])
+def gate_bwd_kernel(
+    dy_ptr,  # (N, C, P)
+    mask_ptr,  # bits of the ReLU, or None
+    x_ptr,  # (N, C, P)
+    spatial_ptr,  # (N, 3, P): spatial gate, gradients of its maximum and mean; or None
+    spatial_argmax_ptr,  # (N, P) or None
+    w1_ptr,  # (H, C)
+    w2_ptr,  # (C, H)
+    pool_ptr,  # (N, K, C)
+    argmax_ptr,  # (N, C) or None
+    pre_ptr,  # (N, K, H)
+    gate_ptr,  # (N, C), or None where there is no channel gate, and nothing but dx to compute
+    dlogit_ptr,  # (N, C), written
+    dpart_ptr,  # (N, J, H), written
+    dpre_ptr,  # (N, K, H), written
+    stats_ptr,  # (N, S, C), written, or None if S = 1
+    counters_ptr,
+    dx_ptr,  # (N, C, P), written
+    dresidual_ptr,  # (N, C, P), written, or None
+    N,
+    groups,
+    lead,
+    C,
+    P,
+    H,
+    CHUNK,
+    AVG: tl.constexpr,
+    MAX: tl.constexpr,
+    LP: tl.constexpr,
+    LSE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATE: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """dx = d(gated x) * gate + the pools' gradients, and what those of the weights need. Reads dy twice and x."""
+    C, P = aligned(C, P, UNIT, CHANNELS_LAST)
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    K: tl.constexpr = AVG + MAX + LP + LSE
+    J = tl.cdiv(C, BLOCK_C)
+    S = tl.cdiv(P, CHUNK)
+    if gate_ptr is None:
+        second, group, item = work_item(tl.program_id(0), groups, 0, 0, J * S, 0)
+    else:
+        second, group, item = work_item(take_ticket(counters_ptr), groups, lead, J * S, J * S, 0)
+        if not second:
+            _dgate(
+                dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, w2_ptr, gate_ptr, dlogit_ptr, dpart_ptr,
+                stats_ptr, counters_ptr, groups, group, item, N, C, P, H, CHUNK, GATE, SAMPLES, CHANNELS_LAST,
+                BLOCK_C, BLOCK_P, BLOCK_H,
+            )  # fmt: skip
+            signal(flag(counters_ptr, group))
+    if second:
+        i_j = item // S
+        i_s = item % S
+        c = i_j * BLOCK_C
+        o_c = c + tl.arange(0, BLOCK_C)
+        m_c = o_c < C
+        b_w1 = None
+        if gate_ptr is not None:
+            if SAMPLES > 1:
+                b_w1 = load_w1(w1_ptr, tl.arange(0, BLOCK_H), o_c, C, H, ACC)
+            wait(flag(counters_ptr, group), J * S)
+        for i in range(group * SAMPLES, tl.minimum(group * SAMPLES + SAMPLES, N)):
+            i_n = tl.cast(i, tl.int64)
+            if gate_ptr is not None:
+                b_gate = tl.load(gate_ptr + i_n * C + o_c, mask=m_c, other=0)
+                store = item == 0
+                b_davg = tl.zeros([BLOCK_C], ACC)
+                b_dmax = tl.zeros([BLOCK_C], ACC)
+                b_dlp = tl.zeros([BLOCK_C], ACC)
+                b_dlse = tl.zeros([BLOCK_C], ACC)
+                for h in range(0, H, BLOCK_H):
+                    o_h = h + tl.arange(0, BLOCK_H)
+                    m_h = o_h < H
+                    b_dhidden = sum_parts(dpart_ptr + i_n * J * H, o_h, m_h, J, H, ACC, BLOCK_H)
+                    if b_w1 is not None:
+                        b_w = b_w1
+                    else:
+                        b_w = load_w1(w1_ptr, o_h, o_c, C, H, ACC)
+                    first = i_n * K * H
+                    if AVG:
+                        b_davg += _dpool(b_dhidden, b_w, pre_ptr, dpre_ptr, first, o_h, m_h, store, ACTIVATION)
+                        first += H
+                    if MAX:
+                        b_dmax += _dpool(b_dhidden, b_w, pre_ptr, dpre_ptr, first, o_h, m_h, store, ACTIVATION)
+                        first += H
+                    if LP:
+                        b_dlp += _dpool(b_dhidden, b_w, pre_ptr, dpre_ptr, first, o_h, m_h, store, ACTIVATION)
+                        first += H
+                    if LSE:
+                        b_dlse += _dpool(b_dhidden, b_w, pre_ptr, dpre_ptr, first, o_h, m_h, store, ACTIVATION)
+                b_davg /= P
+                p_pool = pool_ptr + i_n * K * C + o_c
+                if MAX:
+                    b_argmax = tl.load(argmax_ptr + i_n * C + o_c, mask=m_c, other=-1)
+                if LP:
+                    b_lp = tl.load(p_pool + (AVG + MAX) * C, mask=m_c, other=0)
+                    b_dlp = tl.where(b_lp == 0, 0.0, b_dlp / tl.where(b_lp == 0, 1.0, b_lp))
+                if LSE:
+                    b_lse = tl.load(p_pool + (AVG + MAX + LP) * C, mask=m_c, other=0)
+            for p in range(i_s * CHUNK, tl.minimum(i_s * CHUNK + CHUNK, P), BLOCK_P):
+                o_p = p + tl.arange(0, BLOCK_P)
+                b_dx = load_tail_grad(
+                    dy_ptr, mask_ptr, dresidual_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P
+                )
+                b_dx = _channel_grad(b_dx, spatial_ptr, spatial_argmax_ptr, i_n, o_c, o_p, P, ACC)
+                if gate_ptr is not None:
+                    b_dx *= b_gate[:, None]
+                    if AVG:
+                        b_dx += b_davg[:, None]
+                    if MAX:
+                        b_dx += tl.where(o_p[None, :] == b_argmax[:, None], b_dmax[:, None], 0.0)
+                    if LP or LSE:
+                        b_x = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+                        if LP:
+                            b_dx += b_dlp[:, None] * b_x
+                        if LSE:
+                            b_dx += b_dlse[:, None] * tl.exp(b_x - b_lse[:, None])
+                store_tile(b_dx, dx_ptr, i_n, c, p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+
+
+@triton.jit
+def dweights_kernel(
+    dlogit_ptr,  # (N, C)
+    pre_ptr,  # (N, K, H)
+    dpre_ptr,  # (N, K, H)
+    pool_ptr,  # (N, K, C)
+    dw1_ptr,  # (H, C), written
+    db1_ptr,  # (H,), written
+    dw2_ptr,  # (C, H), written
+    db2_ptr,  # (C,), written
+    N,
+    C,
+    H,
+    K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """dw2 = dlogit^T @ hidden, dw1 = dpre^T @ pool, and the biases' sums, for a block of C x H; samples in order."""
+    ACC: tl.constexpr = dlogit_ptr.dtype.element_ty
+    i_c = tl.program_id(0)
+    i_h = tl.program_id(1)
+    o_c = (i_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    o_h = (i_h * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)
+    m_c = o_c < C
+    m_h = o_h < H
+    b_dw1 = tl.zeros([BLOCK_C, BLOCK_H], ACC)
+    b_dw2 = tl.zeros([BLOCK_C, BLOCK_H], ACC)
+    b_db1 = tl.zeros([BLOCK_H], ACC)
+    b_db2 = tl.zeros([BLOCK_C], ACC)
+    for n in range(0, N, BLOCK_N):
+        o_n = (n + tl.arange(0, BLOCK_N)).to(tl.int64)
+        m_n = o_n < N
+        m_cn = m_c[:, None] & m_n[None, :]
+        m_nh = m_n[:, None] & m_h[None, :]
+        b_dlogit = tl.load(dlogit_ptr + o_n[None, :] * C + o_c[:, None], mask=m_cn, other=0)
+        b_db2 += tl.sum(b_dlogit, axis=1)
+        b_hidden = tl.zeros([BLOCK_N, BLOCK_H], ACC)
+        for k in tl.static_range(K):
+            p_hidden = (o_n[:, None] * K + k) * H + o_h[None, :]
+            b_hidden += activate(tl.load(pre_ptr + p_hidden, mask=m_nh, other=0), ACTIVATION)
+            b_dpre = tl.load(dpre_ptr + p_hidden, mask=m_nh, other=0)
+            b_db1 += tl.sum(b_dpre, axis=0)
+            b_pool = tl.load(pool_ptr + (o_n[None, :] * K + k) * C + o_c[:, None], mask=m_cn, other=0)
+            b_dw1 += tl.dot(b_pool, b_dpre, input_precision="ieee", out_dtype=ACC)
+        b_dw2 += tl.dot(b_dlogit, b_hidden, input_precision="ieee", out_dtype=ACC)
+    m_ch = m_c[:, None] & m_h[None, :]
+    tl.store(dw1_ptr + o_h[None, :] * C + o_c[:, None], b_dw1, mask=m_ch)
+    tl.store(dw2_ptr + o_c[:, None] * H + o_h[None, :], b_dw2, mask=m_ch)
+    tl.store(db1_ptr + o_h, b_db1, mask=m_h & (i_c == 0))
+    tl.store(db2_ptr + o_c, K * b_db2, mask=m_c & (i_h == 0))
+
+
+def backward(
+    dy: Tensor,
+    mask: Tensor | None,
+    x: Tensor,
+    spatial: Tensor | None,
+    spatial_argmax: Tensor | None,
+    w1: Tensor,
+    w2: Tensor,
+    pool: Tensor,
+    argmax: Tensor,
+    pre: Tensor,
+    gate: Tensor,
+    pools: int,
+    activation: str,
+    gate_name: str,
+    need_dresidual: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+    """Launch the gate's backward, alone or behind a spatial gate: ``dx, dresidual, dw1, db1, dw2, db2``."""
+    n, c, _, _ = x.shape
+    hidden, k = w1.shape[0], pool_count(pools)
+    plan = channel_plan(x, hidden)
+    dlogit, dpre = torch.empty_like(gate), torch.empty_like(pre)
+    dpart = gate.new_empty((n, plan.blocks, hidden))
+    stats = gate.new_empty((n, plan.splits, c)) if plan.splits > 1 else None
+    channel = w1, w2, pool, argmax, pre, gate, dlogit, dpart, dpre, stats, counters(x, plan)
+    dx, dresidual = launch_dx(
+        dy, mask, x, spatial, spatial_argmax, need_dresidual, channel, hidden, pools, activation, gate_name
+    )
+    dw1, db1, dw2, db2 = empty_dweights(w1, w2)
+    # fp64 operands of tl.dot take twice the shared memory.
+    block_c, block_h = (32, config.hidden_block(hidden, 32)) if gate.dtype == torch.float32 else (16, 16)
+    dweights_kernel[(config.cdiv(c, block_c), config.cdiv(hidden, block_h))](
+        dlogit,
+        pre,
+        dpre,
+        pool,
+        dw1,
+        db1,
+        dw2,
+        db2,
+        n,
+        c,
+        hidden,
+        K=k,
+        ACTIVATION=activation,
+        BLOCK_N=16,
+        BLOCK_C=block_c,
+        BLOCK_H=block_h,
+        num_warps=4,
+    )
+    return dx, dresidual, dw1, db1, dw2, db2
+
+
+def launch_dx(
+    dy: Tensor,
+    mask: Tensor | None,
+    x: Tensor,
+    spatial: Tensor | None,
+    spatial_argmax: Tensor | None,
+    need_dresidual: bool,
+    channel: tuple[Tensor | None, ...] = (None,) * 11,
+    hidden: int = 0,
+    pools: int = 0,
+    activation: str = "relu",
+    gate_name: str = "sigmoid",
+) -> tuple[Tensor, Tensor | None]:
+    """Launch what reads full-size tensors: ``dx, dresidual``; ``channel``: what concerns the gate, if any."""
+    n, c, h, w = x.shape
+    plan = channel_plan(x, hidden)
+    dx = torch.empty_like(x)
+    dresidual = torch.empty_like(x) if need_dresidual else None
+    gate_bwd_kernel[(plan.groups * plan.items * (2 if hidden else 1),)](
+        dy,
+        mask,
+        x,
+        spatial,
+        spatial_argmax,
+        *channel,
+        dx,
+        dresidual,
+        n,
+        plan.groups,
+        plan.lead,
+        c,
+        h * w,
+        hidden,
+        plan.chunk,
+        **pool_flags(pools),
+        ACTIVATION=activation,
+        GATE=gate_name,
+        SAMPLES=plan.samples,
+        BLOCK_H=plan.block_h,
+        **tile_options(x, plan.tile),
+    )
+    return dx, dresidual
