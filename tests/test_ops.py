@@ -25,6 +25,9 @@ CASES = {
 @pytest.mark.parametrize("module", MODULES)
 def test_against_reference(module, layout, dtype, case, device):
     shape, tail = CASES[case]
+    if module == "bam" and shape[0] == 3:
+        # BatchNorm over 3 samples makes of half a unit in x 3 to 10 units in its branch's gradients, in eager as well.
+        shape = (8, *shape[1:])
     check(
         lambda kit: MODULES[module](kit, shape[1]),
         shape,
@@ -48,17 +51,17 @@ def test_one_pixel(module, layout, dtype, device):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("module", MODULES)
 def test_planes_and_channels_larger_than_a_tile(module, layout, dtype, device, monkeypatch):
-    clear = [f.cache_clear for f in (_config.plane_tile, _config.pixel_tile, _config.whole_plane_tile, _config.channel_plan)]
-    for cache_clear in clear:
-        cache_clear()
+    configurations = _config.plane_tile, _config.pixel_tile, _config.whole_plane_tile, _config.channel_plan
+    for configuration in configurations:
+        configuration.cache_clear()
     monkeypatch.setattr(_config, "TILE", 512)
     monkeypatch.setattr(cbam, "CONV_PROGRAMS", 3)
     # BatchNorm over 2 samples, in BAM, leaves little but signs.
     shape = (2, 5, 45, 47) if module == "simam" else (3 if module == "bam" else 2, 19, 17, 31)
     build = lambda kit: MODULES[module](kit, shape[1])  # noqa: E731
     check(build, shape, DTYPES[dtype], layout, device, activation="relu", with_residual=True)
-    for cache_clear in clear:
-        cache_clear()
+    for configuration in configurations:
+        configuration.cache_clear()
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -378,5 +378,6 @@ def launch_dx(
         SAMPLES=plan.samples,
         BLOCK_H=plan.block_h,
         **tile_options(x, plan.tile),
+        maxnreg=128,
     )
     return dx, dresidual

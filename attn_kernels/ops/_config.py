@@ -38,9 +38,9 @@ class Tile:
     num_warps: int
 
     @classmethod
-    def of(cls, block_c: int, block_p: int, row: int, itemsize: int) -> Tile:
-        """64 bytes of x a thread, four vectors in flight; 32 where rows of ``row`` elements are not whole vectors."""
-        a_thread = 64 // itemsize if row * itemsize % 16 == 0 else 32 // itemsize
+    def of(cls, block_c: int, block_p: int, row: int, itemsize: int, a_thread: int = 64) -> Tile:
+        """``a_thread`` bytes of x a thread, 64 are four vectors; half where rows of ``row`` elements are no vectors."""
+        a_thread = max(a_thread // (1 if row * itemsize % 16 == 0 else 2), 16) // itemsize
         return cls(block_c, block_p, min(max(block_c * block_p // (32 * a_thread), 1), 16))
 
 
@@ -105,21 +105,27 @@ def channel_plan(
 ) -> ChannelPlan:
     """For the channel gate, whose MLP has ``hidden`` units; 0 where there is none."""
     tile = plane_tile(n, c, p, itemsize, channels_last, multiprocessors, True)
-    tiles, samples, block_h = cdiv(p, tile.block_p), 1, hidden_block(hidden, tile.block_c)
-    if tiles == 1 and 16 * hidden > p * itemsize:
+    block_c, block_p, samples, splits = tile.block_c, tile.block_p, 1, 0
+    block_h = hidden_block(hidden, block_c)
+    if 16 * hidden > p * itemsize:
         # The weights of a channel, in float32, are more than a quarter of its plane: they stay in registers while
-        # samples pass.
-        block_c = min(tile.block_c, max(TILE // next_power_of_2(hidden), SECTOR // itemsize, BYTE))
-        samples = SAMPLES
-        while samples > 1 and cdiv(n, samples) * cdiv(c, block_c) < 2 * multiprocessors:
+        # samples pass, whose planes are not divided.
+        least, whole_h = max(SECTOR // itemsize, BYTE), max(next_power_of_2(hidden), 16)
+        narrow_c = min(block_c, max(TILE // whole_h, least))
+        samples = min(SAMPLES, next_power_of_2(n))
+        while samples > 1 and cdiv(n, samples) * cdiv(c, narrow_c) < multiprocessors:
             samples //= 2
-        if samples > 1:
-            tile = Tile.of(block_c, tile.block_p, c if channels_last else p, itemsize)
-            block_h = min(max(next_power_of_2(hidden), 16), TILE // block_c)
-    blocks = cdiv(c, tile.block_c)
-    most = max(ITEM_BYTES // (tile.block_c * tile.block_p * itemsize), 1)
+        if samples > 1 and narrow_c * whole_h <= 2 * TILE:
+            block_c, block_h, splits = narrow_c, whole_h, 1
+            block_p = min(max(next_power_of_2(p), BYTE), max(TILE // block_c, 1))
+        else:
+            samples = 1
+    # Two kernels in one need more registers: half as many bytes a thread.
+    tile = Tile.of(block_c, block_p, c if channels_last else p, itemsize, 32 if samples == 1 else 16)
+    blocks, tiles = cdiv(c, block_c), cdiv(p, block_p)
+    most = max(ITEM_BYTES // (block_c * block_p * itemsize), 1)
     least = max(n * blocks * tiles // (4 * multiprocessors), 1)
-    chunk = cdiv(tiles, cdiv(tiles, min(most, least))) * tile.block_p
+    chunk = cdiv(tiles, splits or cdiv(tiles, min(most, least))) * block_p
     splits, groups = cdiv(p, chunk), cdiv(n, samples)
     lead = min(max(cdiv(2 * multiprocessors, blocks * splits), 1), groups)
     return ChannelPlan(tile, samples, chunk, splits, blocks, groups, lead, block_h)
@@ -151,6 +157,30 @@ def whole_plane_tile(n: int, c: int, p: int, itemsize: int, channels_last: bool,
     while block_c > least and n * cdiv(c, block_c) < 2 * multiprocessors:
         block_c //= 2
     return Tile.of(block_c, block_p, c if channels_last else p, itemsize)
+
+
+@functools.lru_cache
+def reduce_tile(n: int, p: int, hidden: int, itemsize: int, multiprocessors: int) -> tuple[Tile, int]:
+    """For BAM's reducing convolution: a program owns ``block_p`` pixels; and the units that it computes at once."""
+    if itemsize == 8:
+        return Tile(16, 16, 4), 16
+    block_h = min(max(next_power_of_2(hidden), 16), 128)
+    # The sums of a block of pixels, for the means, are 1/64 of what it reads and less.
+    block_p = min(max(next_power_of_2(p), 16), 128 if block_h * itemsize <= 64 else 64)
+    while block_p > 16 and n * cdiv(p, block_p) < multiprocessors:
+        block_p //= 2
+    return Tile(64 if itemsize == 2 else 32, block_p, 8 if block_h * block_p >= 2048 else 4), block_h
+
+
+@functools.lru_cache
+def reduce_bwd_tile(n: int, c: int, p: int, hidden: int, itemsize: int, multiprocessors: int) -> tuple[Tile, int, int]:
+    """For its backward: a program owns ``block_c`` channels; units at once; programs that share the pixels."""
+    if itemsize == 8:
+        return Tile(16, 16, 4), 16, min(n * cdiv(p, 16), 4)
+    block_h = min(max(next_power_of_2(hidden), 16), 256 // itemsize)
+    block_c, block_p = 128 // itemsize, min(max(next_power_of_2(p), 16), 64 if block_h * itemsize <= 64 else 32)
+    programs = min(n * cdiv(p, block_p), cdiv(2 * multiprocessors, cdiv(c, block_c)))
+    return Tile(block_c, block_p, 8), block_h, programs
 
 
 def hidden_block(hidden: int, block_c: int) -> int:

@@ -53,3 +53,15 @@ def channel_plan(x: Tensor, hidden: int) -> config.ChannelPlan:
     """For the channel gate of x."""
     n, c, h, w = x.shape
     return config.channel_plan(n, c, h * w, hidden, x.element_size(), is_channels_last(x), multiprocessors(x))
+
+
+def reduce_tile(x: Tensor, hidden: int) -> tuple[config.Tile, int]:
+    """For the forward of BAM's squeeze, and units at once."""
+    n, _, h, w = x.shape
+    return config.reduce_tile(n, h * w, hidden, x.element_size(), multiprocessors(x))
+
+
+def reduce_bwd_tile(x: Tensor, hidden: int) -> tuple[config.Tile, int, int]:
+    """For its backward, units at once, and programs that share the pixels."""
+    n, c, h, w = x.shape
+    return config.reduce_bwd_tile(n, c, h * w, hidden, x.element_size(), multiprocessors(x))

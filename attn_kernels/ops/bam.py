@@ -3,12 +3,11 @@
 Park et al., BMVC 2018, as published (a product of the two logits). N = bytes of x.
 
 What touches x is fused in two operators; the branches between them, on 1/16 of the channels, stay PyTorch's:
-- squeeze: the channel means (a kernel) and the reducing 1x1 convolution (cuDNN) read x, 2N. It hands x on, so that its
-  backward receives the gradient of the apply and adds both of its own to it in one pass: reads that and writes dx, 2N,
-  after the weight's gradient (cuDNN) has read x, N.
-- apply: reads x, writes y, 2N (+ N residual). Backward: reads dy and x, writes the gradient of x and sums for those of
-  both logits, 3N (+ N dresidual).
-Forward 4N, backward 6N. Saved: x, and the logits; one bit an element with ReLU.
+- squeeze: the channel means and the reducing 1x1 convolution from one read of x, N. Backward: reads dy and x, writes
+  dx, the gradient by way of the apply included, and sums for the weight's, 3N.
+- apply: reads x, writes y, 2N (+ N residual). Backward: reads dy and x, writes sums for the gradients of both logits,
+  2N (+ N for dy behind the ReLU, which is the residual's gradient).
+Forward 3N, backward 5N. Saved: x, and the logits; one bit an element with ReLU.
 """
 
 from __future__ import annotations
@@ -20,12 +19,13 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from attn_kernels.ops import _config as config
-from attn_kernels.ops._channel import pool
+from attn_kernels.ops._channel import load_w1, load_w2
 from attn_kernels.ops._device import aligned, load_tail_grad, load_tile, store_tail, store_tile
-from attn_kernels.ops._launch import pixel_tile, tile_options
+from attn_kernels.ops._launch import pixel_tile, reduce_bwd_tile, reduce_tile, tile_options
 from attn_kernels.ops._library import (
     contiguous,
     empty_mask,
+    is_channels_last,
     like,
     needs_grad,
     reference_gradients,
@@ -75,14 +75,13 @@ def apply_fwd_kernel(
 
 
 @triton.jit
-def apply_bwd_kernel(
+def dlogits_kernel(
     dy_ptr,  # (N, C, P)
     mask_ptr,  # bits of the ReLU, or None
     x_ptr,  # (N, C, P)
     channel_ptr,  # (N, C)
     spatial_ptr,  # (N, P)
-    dx_ptr,  # (N, C, P), written
-    dresidual_ptr,  # (N, C, P), written, or None
+    dresidual_ptr,  # (N, C, P), written, or None: dy behind the ReLU
     dchannel_ptr,  # (N, blocks, C), written: sums over the pixels of each block
     dspatial_ptr,  # (N, P), written
     C,
@@ -92,7 +91,7 @@ def apply_bwd_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """dx = dy * (1 + gate) and both logits' gradients, of BLOCK_P pixels. Reads dy and x, writes dx."""
+    """Both logits' gradients, of BLOCK_P pixels. Reads dy and x."""
     C, P = aligned(C, P, UNIT, CHANNELS_LAST)
     ACC: tl.constexpr = dspatial_ptr.dtype.element_ty
     blocks = tl.cdiv(P, BLOCK_P)
@@ -106,7 +105,6 @@ def apply_bwd_kernel(
         o_c = c + tl.arange(0, BLOCK_C)
         b_channel, b_gate = _attention(channel_ptr, b_spatial, i_n, o_c, C)
         b_dy = load_tail_grad(dy_ptr, mask_ptr, dresidual_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-        store_tile(b_dy * (1 + b_gate), dx_ptr, i_n, c, p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
         b_x = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
         b_dlogit = b_dy * b_x * b_gate * (1 - b_gate)
         b_dspatial += b_dlogit * b_channel[:, None]
@@ -116,12 +114,12 @@ def apply_bwd_kernel(
 
 
 @triton.jit
-def squeeze_bwd_kernel(
-    dx_apply_ptr,  # (N, C, P)
-    dreduced_ptr,  # (N, H, P)
+def squeeze_kernel(
+    x_ptr,  # (N, C, P)
     weight_ptr,  # (H, C)
-    dmean_ptr,  # (N, C)
-    dx_ptr,  # (N, C, P), written
+    bias_ptr,  # (H,) or None
+    reduced_ptr,  # (N, H, P), in x's layout, written
+    mean_ptr,  # (N, blocks, C), written: sums over the pixels of each block, divided by P
     C,
     P,
     H,
@@ -131,30 +129,93 @@ def squeeze_bwd_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """dx = its gradient in the apply + dmean / P + weight^T @ dreduced. Reads and writes one full-size tensor each."""
+    """The reducing convolution and the channels' means of BLOCK_P pixels. Reads x (again for each BLOCK_H units)."""
     C, P = aligned(C, P, UNIT, CHANNELS_LAST)
-    ACC: tl.constexpr = dmean_ptr.dtype.element_ty
+    ACC: tl.constexpr = mean_ptr.dtype.element_ty
     # Products of 16-bit operands are exact in tf32 on the tensor cores.
-    PRECISION: tl.constexpr = "tf32" if dx_ptr.dtype.element_ty.primitive_bitwidth == 16 else "ieee"
-    c_blocks = tl.cdiv(C, BLOCK_C)
-    p_blocks = tl.cdiv(P, BLOCK_P)
-    pid = tl.program_id(0)
-    i_n = (pid // (c_blocks * p_blocks)).to(tl.int64)
-    p = pid // c_blocks % p_blocks * BLOCK_P
-    c = pid % c_blocks * BLOCK_C
-    o_c = c + tl.arange(0, BLOCK_C)
-    m_c = o_c < C
-    b_dx = tl.zeros([BLOCK_C, BLOCK_P], ACC)
+    PRECISION: tl.constexpr = "tf32" if x_ptr.dtype.element_ty.primitive_bitwidth == 16 else "ieee"
+    blocks = tl.cdiv(P, BLOCK_P)
+    i_n = (tl.program_id(0) // blocks).to(tl.int64)
+    i_b = tl.program_id(0) % blocks
+    p = i_b * BLOCK_P
     for h in range(0, H, BLOCK_H):
         o_h = h + tl.arange(0, BLOCK_H)
-        p_weight = weight_ptr + o_h[None, :].to(tl.int64) * C + o_c[:, None]
-        b_weight = tl.load(p_weight, mask=m_c[:, None] & (o_h < H)[None, :], other=0).to(ACC)
+        m_h = o_h < H
+        b_reduced = tl.zeros([BLOCK_H, BLOCK_P], ACC)
+        for c in range(0, C, BLOCK_C):
+            o_c = c + tl.arange(0, BLOCK_C)
+            b_x = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+            b_weight = load_w1(weight_ptr, o_h, o_c, C, H, ACC)
+            b_reduced += tl.dot(b_weight, b_x, input_precision=PRECISION, out_dtype=ACC)
+            if h == 0:
+                tl.store(mean_ptr + (i_n * blocks + i_b) * C + o_c, tl.sum(b_x, axis=1) / P, mask=o_c < C)
+        if bias_ptr is not None:
+            b_reduced += tl.load(bias_ptr + o_h, mask=m_h, other=0).to(ACC)[:, None]
         # A reduced map is a sample of H channels in x's layout.
-        b_dreduced = load_tile(dreduced_ptr, i_n, h, p, H, P, ACC, CHANNELS_LAST, BLOCK_H, BLOCK_P)
-        b_dx += tl.dot(b_weight, b_dreduced, input_precision=PRECISION, out_dtype=ACC)
-    b_dx += (tl.load(dmean_ptr + i_n * C + o_c, mask=m_c, other=0) / P)[:, None]
-    b_dx += load_tile(dx_apply_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-    store_tile(b_dx, dx_ptr, i_n, c, p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+        store_tile(b_reduced, reduced_ptr, i_n, h, p, H, P, CHANNELS_LAST, BLOCK_H, BLOCK_P)
+
+
+@triton.jit
+def dx_kernel(
+    dy_ptr,  # (N, C, P), behind the ReLU
+    x_ptr,  # (N, C, P)
+    channel_ptr,  # (N, C)
+    spatial_ptr,  # (N, P)
+    dreduced_ptr,  # (N, H, P), in x's layout
+    weight_ptr,  # (H, C)
+    dmean_ptr,  # (N, C)
+    dx_ptr,  # (N, C, P), written
+    dweight_ptr,  # (programs, H, C), written: sums over the tiles of each program
+    dbias_ptr,  # (programs, H), written
+    N,
+    C,
+    P,
+    H,
+    CHANNELS_LAST: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """dx = dy * (1 + gate) + dmean / P + weight^T @ dreduced, and the weight's gradient, for BLOCK_C channels.
+
+    Reads dy and x, writes dx (again for each BLOCK_H units, of which there is one block as a rule).
+    """
+    C, P = aligned(C, P, UNIT, CHANNELS_LAST)
+    ACC: tl.constexpr = dmean_ptr.dtype.element_ty
+    PRECISION: tl.constexpr = "tf32" if dx_ptr.dtype.element_ty.primitive_bitwidth == 16 else "ieee"
+    blocks = tl.cdiv(P, BLOCK_P)
+    i_q = tl.program_id(1)
+    c = tl.program_id(0) * BLOCK_C
+    o_c = c + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    for h in range(0, H, BLOCK_H):
+        o_h = h + tl.arange(0, BLOCK_H)
+        m_h = o_h < H
+        b_weight = load_w2(weight_ptr, o_h, o_c, H, C, ACC)
+        b_dweight = tl.zeros([BLOCK_H, BLOCK_C], ACC)
+        b_dbias = tl.zeros([BLOCK_H], ACC)
+        for t in range(i_q, N * blocks, tl.num_programs(1)):
+            i_n = tl.cast(t // blocks, tl.int64)
+            p = t % blocks * BLOCK_P
+            o_p = p + tl.arange(0, BLOCK_P)
+            b_dreduced = load_tile(dreduced_ptr, i_n, h, p, H, P, ACC, CHANNELS_LAST, BLOCK_H, BLOCK_P)
+            b_dbias += tl.sum(b_dreduced, axis=1)
+            b_x = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+            b_dweight += tl.dot(b_dreduced, tl.trans(b_x), input_precision=PRECISION, out_dtype=ACC)
+            b_dx = tl.dot(tl.trans(b_weight), b_dreduced, input_precision=PRECISION, out_dtype=ACC)
+            if h == 0:
+                b_spatial = tl.load(spatial_ptr + i_n * P + o_p, mask=o_p < P, other=0).to(ACC)
+                _, b_gate = _attention(channel_ptr, b_spatial, i_n, o_c, C)
+                b_dy = load_tile(dy_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+                b_dmean = tl.load(dmean_ptr + i_n * C + o_c, mask=m_c, other=0) / P
+                b_dx += b_dy * (1 + b_gate) + b_dmean[:, None]
+            else:
+                b_dx += load_tile(dx_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+            store_tile(b_dx, dx_ptr, i_n, c, p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+        p_dweight = dweight_ptr + (i_q * H + o_h)[:, None].to(tl.int64) * C + o_c[None, :]
+        tl.store(p_dweight, b_dweight, mask=m_h[:, None] & m_c[None, :])
+        tl.store(dbias_ptr + i_q * H + o_h, b_dbias, mask=m_h & (c == 0))
 
 
 def _apply(
@@ -182,23 +243,21 @@ def _apply_fake(x, channel, spatial, residual, relu, save):
     return torch.empty_like(x), empty_mask(x, relu and save)
 
 
-def _apply_backward(
-    dy: Tensor, x: Tensor, channel: Tensor, spatial: Tensor, mask: Tensor, relu: bool, need_dresidual: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _dlogits(
+    dy: Tensor, x: Tensor, channel: Tensor, spatial: Tensor, mask: Tensor, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     n, c, h, w = x.shape
     tile = pixel_tile(x)
     blocks = config.cdiv(h * w, tile.block_p)
-    dx = torch.empty_like(x)
-    dresidual = torch.empty_like(x) if need_dresidual else None
+    dresidual = torch.empty_like(x) if relu else None
     dchannel = x.new_empty((n, blocks, c), dtype=accumulation_dtype(x))
     dspatial = dchannel.new_empty((n, 1, h, w))
-    apply_bwd_kernel[(n * blocks,)](
+    dlogits_kernel[(n * blocks,)](
         like(dy, x),
         mask if relu else None,
         x,
         channel,
         spatial,
-        dx,
         dresidual,
         dchannel,
         dspatial,
@@ -207,43 +266,77 @@ def _apply_backward(
         **tile_options(x, tile),
     )
     dresidual = x.new_empty(0) if dresidual is None else dresidual
-    return dx, dchannel.sum(1).to(channel.dtype), dspatial.to(spatial.dtype), dresidual
+    return dchannel.sum(1).to(channel.dtype), dspatial.to(spatial.dtype), dresidual
 
 
-def _apply_backward_fake(dy, x, channel, spatial, mask, relu, need_dresidual):
-    dresidual = torch.empty_like(x) if need_dresidual else x.new_empty(0)
-    return torch.empty_like(x), torch.empty_like(channel), torch.empty_like(spatial), dresidual
+def _dlogits_fake(dy, x, channel, spatial, mask, relu):
+    return torch.empty_like(channel), torch.empty_like(spatial), torch.empty_like(x) if relu else x.new_empty(0)
 
 
-def _mean(x: Tensor) -> Tensor:
-    return pool(x, 1)[0].view(x.shape[:2])
+def _squeeze(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    n, c, h, w = x.shape
+    hidden = weight.shape[0]
+    tile, block_h = reduce_tile(x, hidden)
+    blocks = config.cdiv(h * w, tile.block_p)
+    mean = x.new_empty((n, blocks, c), dtype=accumulation_dtype(x))
+    reduced = _empty_reduced(x, weight)
+    squeeze_kernel[(n * blocks,)](
+        x,
+        weight,
+        bias,
+        reduced,
+        mean,
+        c,
+        h * w,
+        hidden,
+        BLOCK_H=block_h,
+        **tile_options(x, tile),
+    )
+    return mean.sum(1), reduced
 
 
-def _mean_fake(x):
-    return x.new_empty(x.shape[:2], dtype=accumulation_dtype(x))
+def _empty_reduced(x: Tensor, weight: Tensor) -> Tensor:
+    n, _, h, w = x.shape
+    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    return torch.empty((n, weight.shape[0], h, w), dtype=x.dtype, device=x.device, memory_format=layout)
 
 
-def _squeeze_backward(dx_apply: Tensor, dreduced: Tensor, weight: Tensor, dmean: Tensor) -> Tensor:
-    n, c, h, w = dx_apply.shape
-    dx = torch.empty_like(dx_apply)
-    block_c, block_p = min(max(config.next_power_of_2(c), 16), 64), min(max(config.next_power_of_2(h * w), 16), 64)
-    squeeze_bwd_kernel[(n * config.cdiv(c, block_c) * config.cdiv(h * w, block_p),)](
-        dx_apply,
+def _squeeze_fake(x, weight, bias):
+    return x.new_empty(x.shape[:2], dtype=accumulation_dtype(x)), _empty_reduced(x, weight)
+
+
+def _dx(
+    dy: Tensor, x: Tensor, channel: Tensor, spatial: Tensor, dmean: Tensor, dreduced: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, c, h, w = x.shape
+    hidden = weight.shape[0]
+    tile, block_h, programs = reduce_bwd_tile(x, hidden)
+    dx = torch.empty_like(x)
+    dweight = dmean.new_empty((programs, hidden, c))
+    dbias = dmean.new_empty((programs, hidden))
+    dx_kernel[(config.cdiv(c, tile.block_c), programs)](
+        dy,
+        x,
+        channel,
+        spatial,
         dreduced,
         weight,
         dmean,
         dx,
+        dweight,
+        dbias,
+        n,
         c,
         h * w,
-        weight.shape[0],
-        BLOCK_H=config.hidden_block(weight.shape[0], block_c),
-        **tile_options(dx_apply, config.Tile(block_c, block_p, 4)),
+        hidden,
+        BLOCK_H=block_h,
+        **tile_options(x, tile),
     )
-    return dx
+    return dx, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(weight.dtype)
 
 
-def _squeeze_backward_fake(dx_apply, dreduced, weight, dmean):
-    return torch.empty_like(dx_apply)
+def _dx_fake(dy, x, channel, spatial, dmean, dreduced, weight):
+    return torch.empty_like(x), torch.empty_like(weight), weight.new_empty(weight.shape[0])
 
 
 apply_op = register(
@@ -251,62 +344,59 @@ apply_op = register(
     _apply,
     _apply_fake,
 )
-apply_backward_op = register(
-    "bam_apply_backward(Tensor dy, Tensor x, Tensor channel, Tensor spatial, Tensor mask, bool relu, "
-    "bool need_dresidual) -> (Tensor, Tensor, Tensor, Tensor)",
-    _apply_backward,
-    _apply_backward_fake,
+dlogits_op = register(
+    "bam_dlogits(Tensor dy, Tensor x, Tensor channel, Tensor spatial, Tensor mask, bool relu) "
+    "-> (Tensor, Tensor, Tensor)",
+    _dlogits,
+    _dlogits_fake,
 )
-mean_op = register("bam_mean(Tensor x) -> Tensor", _mean, _mean_fake)
-squeeze_backward_op = register(
-    "bam_squeeze_backward(Tensor dx_apply, Tensor dreduced, Tensor weight, Tensor dmean) -> Tensor",
-    _squeeze_backward,
-    _squeeze_backward_fake,
+squeeze_op = register("bam_squeeze(Tensor x, Tensor weight, Tensor? bias) -> (Tensor, Tensor)", _squeeze, _squeeze_fake)
+dx_op = register(
+    "bam_dx(Tensor dy, Tensor x, Tensor channel, Tensor spatial, Tensor dmean, Tensor dreduced, Tensor weight) "
+    "-> (Tensor, Tensor, Tensor)",
+    _dx,
+    _dx_fake,
 )
 
 
 class _Squeeze(torch.autograd.Function):
-    """x to its means, its reduced map and itself."""
+    """x to its means and its reduced map; and to three slots, which nobody reads, of the shapes of x and both logits.
+
+    dx is computed here, for it needs the branches' gradients. What it needs of the apply, whose backward comes before,
+    that one returns as the "gradients" of the slots: dy behind the ReLU, and both logits.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight, bias)
-        return mean_op(x), F.conv2d(x, weight, bias), torch.ops.aten.alias(x)  # view_as may change strides
+        mean, reduced = squeeze_op(x, weight, bias)
+        n, c, h, w = x.shape
+        # view_as may change strides
+        return mean, reduced, torch.ops.aten.alias(x), mean.new_empty((n, c)), mean.new_empty((n, 1, h, w))
 
     @staticmethod
-    def backward(ctx, dmean, dreduced, dx_apply):
+    def backward(ctx, dmean, dreduced, dy, channel, spatial):
         x, weight, bias = ctx.saved_tensors
         if torch.is_grad_enabled():
             formula = _squeeze_formula(dmean.dtype)
-            return tuple(reference_gradients(formula, (x, weight, bias), (dmean, dreduced, dx_apply)))
-        dreduced = like(dreduced, x)
-        dx = squeeze_backward_op(like(dx_apply, x), dreduced, weight.flatten(1).contiguous(), dmean.contiguous())
-        _, dweight, dbias = torch.ops.aten.convolution_backward(
-            dreduced,
-            x,
-            weight,
-            None if bias is None else [bias.shape[0]],
-            [1, 1],
-            [0, 0],
-            [1, 1],
-            False,
-            [0, 0],
-            1,
-            [False, True, bias is not None],
-        )
-        return dx, dweight, dbias
+            return tuple(reference_gradients(formula, (x, weight, bias), (dmean, dreduced)))
+        dmean, channel, spatial = contiguous(dmean, channel, spatial)
+        dx, dweight, dbias = dx_op(like(dy, x), x, channel, spatial, dmean, like(dreduced, x), weight)
+        return dx, dweight, None if bias is None else dbias
 
 
 def _squeeze_formula(dtype: torch.dtype):
     def formula(x, weight, bias):
-        return x.mean((2, 3), dtype=dtype), F.conv2d(x, weight, bias), x.view_as(x)
+        return x.mean((2, 3), dtype=dtype), F.conv2d(x, weight[:, :, None, None], bias)
 
     return formula
 
 
 class _Apply(torch.autograd.Function):
+    """x, the logits and the residual to y; the gradient of x goes by the slots, unless it will be differentiated."""
+
     @staticmethod
-    def forward(ctx, x, channel, spatial, residual, relu):
+    def forward(ctx, x, channel, spatial, residual, relu, *slots):
         y, mask = apply_op(x, channel, spatial, residual, relu, True)
         ctx.save_for_backward(x, channel, spatial, mask)
         ctx.relu = relu
@@ -315,15 +405,16 @@ class _Apply(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, channel, spatial, mask = ctx.saved_tensors
-        need_dresidual = ctx.needs_input_grad[3]
+        need_dresidual, to_slots = ctx.needs_input_grad[3], [None] * (len(ctx.needs_input_grad) - 5)
         if torch.is_grad_enabled():
             dy = unmask(dy, mask, x) if ctx.relu else dy
             gradients = reference_gradients(_apply_formula, (x, channel, spatial), (dy,))
-            return *gradients, dy if need_dresidual else None, None
-        dx, dchannel, dspatial, dresidual = apply_backward_op(
-            dy, x, channel, spatial, mask, ctx.relu, ctx.relu and need_dresidual
-        )
-        return dx, dchannel, dspatial, (dresidual if ctx.relu else dy) if need_dresidual else None, None
+            return *gradients, dy if need_dresidual else None, None, *to_slots
+        dchannel, dspatial, dresidual = dlogits_op(dy, x, channel, spatial, mask, ctx.relu)
+        dy = dresidual if ctx.relu else dy
+        if to_slots:
+            to_slots = dy, channel.to(accumulation_dtype(x)), spatial.to(accumulation_dtype(x))
+        return None, dchannel, dspatial, dy if need_dresidual else None, None, *to_slots
 
 
 def _apply_formula(x, channel, spatial):
@@ -333,13 +424,11 @@ def _apply_formula(x, channel, spatial):
 def bam(x: Tensor, gate_c: nn.Sequential, gate_s: nn.Sequential, residual: Tensor | None, relu: bool) -> Tensor:
     """The fused operator, differentiable; ``x`` and ``residual`` (N, C, H, W), dense in the same layout."""
     reduce = gate_s[0]
-    weight = reduce.weight.to(x.dtype)
+    weight = reduce.weight.flatten(1).to(x.dtype).contiguous()
     bias = None if reduce.bias is None else reduce.bias.to(x.dtype)
-    if needs_grad(x, weight, bias):
-        mean, reduced, x = _Squeeze.apply(x, weight, bias)
-    else:
-        mean, reduced = mean_op(x), F.conv2d(x, weight, bias)
+    squeeze = _Squeeze.apply if needs_grad(x, weight, bias) else squeeze_op
+    mean, reduced, *slots = squeeze(x, weight, bias)
     channel, spatial = contiguous(channel_logits(mean, gate_c), spatial_logits(reduced, gate_s))
     if needs_grad(x, channel, spatial, residual):
-        return _Apply.apply(x, channel, spatial, residual, relu)
+        return _Apply.apply(x, channel, spatial, residual, relu, *slots)
     return apply_op(x, channel, spatial, residual, relu, False)[0]

@@ -522,6 +522,7 @@ def _forward(
         POOL_C=tile.block_c,
         POOL_P=tile.block_p,
         **tile_options(x, plan.tile),
+        maxnreg=128,
     )
     conv, block, programs = _conv_tile(x, conv_weight)
     z, parts, statistics = maps.new_empty((n, h, w)), maps.new_empty((3, programs)), maps.new_empty(2)

@@ -165,6 +165,7 @@ def _forward(
         SAMPLES=plan.samples,
         BLOCK_H=plan.block_h,
         **tile_options(x, plan.tile),
+        maxnreg=128,
     )
     return y, pool, argmax, pre, gate, mask
 

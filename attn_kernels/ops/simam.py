@@ -96,7 +96,8 @@ def simam_fwd_kernel(
         b_y = _gated(b_x, b_mean, b_q)
         store_tail(b_y, y_ptr, residual_ptr, mask_ptr, i_n, c, 0, C, P, RELU, CHANNELS_LAST, BLOCK_C, BLOCK_P)
     else:
-        for p in range(0, P, BLOCK_P):
+        for i in range(0, tl.cdiv(P, BLOCK_P)):
+            p = (tl.cdiv(P, BLOCK_P) - 1 - i) * BLOCK_P  # backwards: the end of the planes was read last
             b_tile = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
             b_y = _gated(b_tile, b_mean, b_q)
             store_tail(b_y, y_ptr, residual_ptr, mask_ptr, i_n, c, p, C, P, RELU, CHANNELS_LAST, BLOCK_C, BLOCK_P)
@@ -172,7 +173,8 @@ def simam_bwd_kernel(
         b_dx = _x_grad(b_dy, b_x, b_mean, b_q, b_dq, b_dmean)
         store_tile(b_dx, dx_ptr, i_n, c, 0, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
     else:
-        for p in range(0, P, BLOCK_P):
+        for i in range(0, tl.cdiv(P, BLOCK_P)):
+            p = (tl.cdiv(P, BLOCK_P) - 1 - i) * BLOCK_P  # backwards, as in the forward pass
             b_g = load_tail_grad(dy_ptr, mask_ptr, None, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
             b_tile = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
             b_dx = _x_grad(b_g, b_tile, b_mean, b_q, b_dq, b_dmean)
