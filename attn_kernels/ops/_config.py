@@ -14,8 +14,8 @@ TILE = 4096
 SECTOR = 32
 # Elements along the unit stride that a tile holds at least: one byte of the bits that a ReLU leaves.
 BYTE = 8
-# Bytes of x that a program of a ticketed launch reads at most where it can choose: two phases of all the programs that
-# run at once, 132 x 3 on an H100, stay within half of its L2.
+# Bytes of x that a program of a ticketed launch reads at most where it can choose: what lies between the two phases of
+# 264 programs, those of an H100, then stays within half of its L2 (dy, x and dx: 3 x 132 x 32 KB = 13 MB).
 ITEM_BYTES = 32 * 1024
 # Samples of small planes that a program serves at most, so that it reads its weights once for all of them.
 SAMPLES = 16
@@ -113,7 +113,10 @@ def channel_plan(
         least, whole_h = max(SECTOR // itemsize, BYTE), max(next_power_of_2(hidden), 16)
         narrow_c = min(block_c, max(TILE // whole_h, least))
         samples = min(SAMPLES, next_power_of_2(n))
-        while samples > 1 and cdiv(n, samples) * cdiv(c, narrow_c) < multiprocessors:
+        while samples > 1 and (
+            cdiv(n, samples) * cdiv(c, narrow_c) < multiprocessors
+            or samples * narrow_c * p * itemsize > 2 * ITEM_BYTES
+        ):
             samples //= 2
         if samples > 1 and narrow_c * whole_h <= 2 * TILE:
             block_c, block_h, splits = narrow_c, whole_h, 1
@@ -127,7 +130,10 @@ def channel_plan(
     least = max(n * blocks * tiles // (4 * multiprocessors), 1)
     chunk = cdiv(tiles, splits or cdiv(tiles, min(most, least))) * block_p
     splits, groups = cdiv(p, chunk), cdiv(n, samples)
-    lead = min(max(cdiv(2 * multiprocessors, blocks * splits), 1), groups)
+    # Two programs a multiprocessor run at once; between the phases of a group lie the items of both of ``lead`` groups.
+    group_bytes = samples * c * p * itemsize
+    ahead = min(multiprocessors // (blocks * splits), 2 * multiprocessors * ITEM_BYTES // group_bytes)
+    lead = min(max(ahead, 1), groups)
     return ChannelPlan(tile, samples, chunk, splits, blocks, groups, lead, block_h)
 
 
