@@ -1,12 +1,13 @@
 """Squeeze and excitation of channels: the part that SE and CBAM's channel gate share, forward.
 
-A gate ``g[n, c] = gate(sum over pools k of fc2(act(fc1(pool_k(x)))))`` in two kinds of work items, neither of which
-walks all the weights of a layer: those that pool x also multiply the channels that they own by their columns of fc1
-(partial sums over channels, ``part``), and those that use the gate add the partial sums up and multiply by their rows
-of fc2.
+A gate ``g[n, c] = gate(sum over pools k of fc2(act(fc1(pool_k(x)))))`` in three kinds of work items (see _tickets.py),
+none of which walks all the weights of a layer: those that pool x also multiply the channels that they own by their
+columns of fc1 (partial sums over channels, ``part``); those that add the partial sums up (``pre``); and those
+that use the gate, which multiply by their rows of fc2.
 
-An item owns a block of channels, some samples one after another, and of large planes a part. What the parts of a plane
-leave (``stats``) is added up, in order, by whichever of their programs comes last.
+An item owns a block of channels, ``SAMPLES`` samples one after another, whose products are one matrix product, and of
+large planes a part. What the parts of a plane leave (``stats``) is added up, in order, by whichever of their programs
+comes last.
 
 Shapes: x (N, C, P) in either layout; pool (N, K, C); part (N, J, K, H) of J blocks of channels; stats (N, S, Q, C) of S
 parts of a plane; pre (N, K, H); gate (N, C).
@@ -50,17 +51,29 @@ def first_max(b_max, b_arg, AXIS: tl.constexpr):
 
 
 @triton.jit
-def load_w1(w1_ptr, o_h, o_c, C, H, ACC: tl.constexpr):
-    """[BLOCK_H, BLOCK_C] of fc1's weights (H, C)."""
-    p_w1 = w1_ptr + o_h[:, None].to(tl.int64) * C + o_c[None, :]
-    return tl.load(p_w1, mask=(o_h < H)[:, None] & (o_c < C)[None, :], other=0).to(ACC)
+def load_weight(weight_ptr, o_m, o_k, M, K, ACC: tl.constexpr):
+    """[BLOCK_M, BLOCK_K] of a layer's weights (M, K)."""
+    pointers = weight_ptr + o_m[:, None].to(tl.int64) * K + o_k[None, :]
+    return tl.load(pointers, mask=(o_m < M)[:, None] & (o_k < K)[None, :], other=0).to(ACC)
 
 
 @triton.jit
-def load_w2(w2_ptr, o_c, o_h, C, H, ACC: tl.constexpr):
-    """[BLOCK_C, BLOCK_H] of fc2's weights (C, H)."""
-    p_w2 = w2_ptr + o_c[:, None].to(tl.int64) * H + o_h[None, :]
-    return tl.load(p_w2, mask=(o_c < C)[:, None] & (o_h < H)[None, :], other=0).to(ACC)
+def product(b_rows, b_weight):
+    """[ROWS, K] times [M, K] transposed; ROWS is 1, or 16 of which some may be zero."""
+    if b_rows.shape[0] == 1:
+        return tl.expand_dims(tl.sum(b_rows * b_weight, axis=1), 0)
+    else:
+        return tl.dot(b_rows, tl.trans(b_weight), input_precision="ieee", out_dtype=b_rows.dtype)
+
+
+@triton.jit
+def put_row(b_rows, row, b_row):
+    return tl.where((tl.arange(0, b_rows.shape[0]) == row)[:, None], b_row[None, :], b_rows)
+
+
+@triton.jit
+def get_row(b_rows, row):
+    return tl.sum(tl.where((tl.arange(0, b_rows.shape[0]) == row)[:, None], b_rows, 0.0), axis=0)
 
 
 @triton.jit
@@ -75,8 +88,8 @@ def squeeze(
     w1_ptr,  # (H, C), or None to pool only
     stats_ptr,  # (N, S, Q, C), written, or None if S = 1: sum, maximum, sum of squares, sum of exponentials
     arg_ptr,  # (N, S, C), written, or None if S = 1 or there is no maximum
-    pool_ptr,  # (N, K, C), written
-    argmax_ptr,  # (N, C), written if there is a maximum
+    pool_ptr,  # (N, K, C), written, or None
+    argmax_ptr,  # (N, C), written if there is a maximum, or None
     part_ptr,  # (N, J, K, H), written, or None
     counters_ptr,
     groups,
@@ -91,6 +104,7 @@ def squeeze(
     MAX: tl.constexpr,
     LP: tl.constexpr,
     LSE: tl.constexpr,
+    ACC: tl.constexpr,
     SAMPLES: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -98,7 +112,7 @@ def squeeze(
     BLOCK_H: tl.constexpr,
 ):
     """pool_k[c] and fc1[:, c] @ pool_k[c] of a work item. Reads its part of x once (twice with lse)."""
-    ACC: tl.constexpr = pool_ptr.dtype.element_ty
+    ROWS: tl.constexpr = 16 if SAMPLES > 1 else 1
     K: tl.constexpr = AVG + MAX + LP + LSE
     TOP: tl.constexpr = MAX or LSE
     Q: tl.constexpr = AVG + TOP + LP + LSE
@@ -111,12 +125,12 @@ def squeeze(
     m_c = o_c < C
     begin = i_s * CHUNK
     end = tl.minimum(begin + CHUNK, P)
-    # With several samples the weights stay: the plan has seen to it that BLOCK_H holds all hidden units.
-    b_w1 = None
-    if w1_ptr is not None and SAMPLES > 1:
-        b_w1 = load_w1(w1_ptr, tl.arange(0, BLOCK_H), o_c, C, H, ACC)
-    for i in range(group * SAMPLES, tl.minimum(group * SAMPLES + SAMPLES, N)):
-        i_n = tl.cast(i, tl.int64)
+    b_avg_rows = tl.zeros([ROWS, BLOCK_C], ACC)
+    b_max_rows = tl.zeros([ROWS, BLOCK_C], ACC)
+    b_lp_rows = tl.zeros([ROWS, BLOCK_C], ACC)
+    b_lse_rows = tl.zeros([ROWS, BLOCK_C], ACC)
+    for row in range(0, tl.minimum(SAMPLES, N - group * SAMPLES)):
+        i_n = tl.cast(group * SAMPLES + row, tl.int64)
         # Lane by lane along the plane; lanes meet once, at the end.
         b_sum = tl.zeros([BLOCK_C, BLOCK_P], ACC)
         b_square = tl.zeros([BLOCK_C, BLOCK_P], ACC)
@@ -197,96 +211,149 @@ def squeeze(
                         b_exp += b_e * tl.exp(_top_shift(b_s) - shift)
 
         if last:
-            p_pool = pool_ptr + i_n * K * C + o_c
-            p_part = part_ptr
-            if part_ptr is not None:
-                p_part = part_ptr + (i_n * J + i_j) * K * H
+            p_pool = pool_ptr
+            if pool_ptr is not None:
+                p_pool = pool_ptr + i_n * K * C + o_c
             if AVG:
-                _pool_done(b_avg / P, p_pool, p_part, w1_ptr, b_w1, o_c, m_c, 0, C, H, BLOCK_H)
+                b_avg_rows = _pool_done(b_avg_rows, row, b_avg / P, p_pool, m_c)
             if MAX:
-                tl.store(argmax_ptr + i_n * C + o_c, b_first, mask=m_c)
-                _pool_done(b_top, p_pool, p_part, w1_ptr, b_w1, o_c, m_c, AVG, C, H, BLOCK_H)
+                if argmax_ptr is not None:
+                    tl.store(argmax_ptr + i_n * C + o_c, b_first, mask=m_c)
+                b_max_rows = _pool_done(b_max_rows, row, b_top, _next(p_pool, AVG * C), m_c)
             if LP:
-                _pool_done(tl.sqrt(b_lp), p_pool, p_part, w1_ptr, b_w1, o_c, m_c, AVG + MAX, C, H, BLOCK_H)
+                b_lp_rows = _pool_done(b_lp_rows, row, tl.sqrt(b_lp), _next(p_pool, (AVG + MAX) * C), m_c)
             if LSE:
                 b_lse = tl.log(b_exp) + _top_shift(b_top)
-                _pool_done(b_lse, p_pool, p_part, w1_ptr, b_w1, o_c, m_c, AVG + MAX + LP, C, H, BLOCK_H)
+                b_lse_rows = _pool_done(b_lse_rows, row, b_lse, _next(p_pool, (AVG + MAX + LP) * C), m_c)
+            if w1_ptr is not None and SAMPLES == 1:
+                _fc1(b_avg_rows, b_max_rows, b_lp_rows, b_lse_rows, w1_ptr, part_ptr, group, i_j, o_c, N, C, H, J,
+                     AVG, MAX, LP, LSE, SAMPLES, BLOCK_H)  # fmt: skip
+    if w1_ptr is not None and SAMPLES > 1:
+        _fc1(b_avg_rows, b_max_rows, b_lp_rows, b_lse_rows, w1_ptr, part_ptr, group, i_j, o_c, N, C, H, J,
+             AVG, MAX, LP, LSE, SAMPLES, BLOCK_H)  # fmt: skip
 
 
 @triton.jit
-def _pool_done(b_pool, p_pool, p_part, w1_ptr, b_w1, o_c, m_c, k, C, H, BLOCK_H: tl.constexpr):
-    tl.store(p_pool + k * C, b_pool, mask=m_c)
-    if w1_ptr is not None:
-        b_pool = tl.where(m_c, b_pool, 0.0)
-        if b_w1 is not None:
-            o_h = tl.arange(0, BLOCK_H)
-            tl.store(p_part + k * H + o_h, tl.sum(b_w1 * b_pool[None, :], axis=1), mask=o_h < H)
-        else:
-            for h in range(0, H, BLOCK_H):
-                o_h = h + tl.arange(0, BLOCK_H)
-                b_w = load_w1(w1_ptr, o_h, o_c, C, H, b_pool.dtype)
-                tl.store(p_part + k * H + o_h, tl.sum(b_w * b_pool[None, :], axis=1), mask=o_h < H)
+def _next(p_pool, offset):
+    if p_pool is None:
+        return None
+    else:
+        return p_pool + offset
 
 
 @triton.jit
-def sum_parts(p_part, o_h, m_h, J, STRIDE, ACC: tl.constexpr, BLOCK_H: tl.constexpr):
-    """[BLOCK_H] sum of J rows that lie STRIDE apart, in a fixed order."""
-    b_sum = tl.zeros([BLOCK_H], ACC)
+def _pool_done(b_rows, row, b_pool, p_pool, m_c):
+    """Stores a pool of a sample, and puts it among those of the other samples."""
+    if p_pool is not None:
+        tl.store(p_pool, b_pool, mask=m_c)
+    return put_row(b_rows, row, tl.where(m_c, b_pool, 0.0))
+
+
+@triton.jit
+def _fc1(
+    b_avg, b_max, b_lp, b_lse, w1_ptr, part_ptr, group, i_j, o_c, N, C, H, J, AVG: tl.constexpr, MAX: tl.constexpr,
+    LP: tl.constexpr, LSE: tl.constexpr, SAMPLES: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    K: tl.constexpr = AVG + MAX + LP + LSE
+    o_n = group * SAMPLES + tl.arange(0, b_avg.shape[0])
+    m_n = (o_n < N) & (tl.arange(0, b_avg.shape[0]) < SAMPLES)
+    p_part = part_ptr + (o_n.to(tl.int64)[:, None] * J + i_j) * K * H
+    for h in range(0, H, BLOCK_H):
+        o_h = h + tl.arange(0, BLOCK_H)
+        m = m_n[:, None] & (o_h < H)[None, :]
+        b_w = load_weight(w1_ptr, o_h, o_c, H, C, b_avg.dtype)
+        pointers = p_part + o_h[None, :]
+        if AVG:
+            tl.store(pointers, product(b_avg, b_w), mask=m)
+        if MAX:
+            tl.store(pointers + AVG * H, product(b_max, b_w), mask=m)
+        if LP:
+            tl.store(pointers + (AVG + MAX) * H, product(b_lp, b_w), mask=m)
+        if LSE:
+            tl.store(pointers + (AVG + MAX + LP) * H, product(b_lse, b_w), mask=m)
+
+
+@triton.jit
+def sum_parts(part_ptr, i_n, o_e, m, J, SIZE, ACC: tl.constexpr, BLOCK_E: tl.constexpr):
+    """[BLOCK_E] sums over J blocks of channels, in a fixed order: of element o_e of SIZE of sample i_n."""
+    b_sum = tl.zeros([BLOCK_E], ACC)
     for j in range(0, J, 16):
         o_j = j + tl.arange(0, 16)
-        pointers = p_part + o_j[:, None].to(tl.int64) * STRIDE + o_h[None, :]
-        b_part = tl.load(pointers, mask=(o_j < J)[:, None] & m_h[None, :], other=0, cache_modifier=".cg")
+        pointers = part_ptr + (i_n[None, :] * J + o_j[:, None]) * SIZE + o_e[None, :]
+        b_part = tl.load(pointers, mask=(o_j < J)[:, None] & m[None, :], other=0, cache_modifier=".cg")
         b_sum += tl.sum(b_part, axis=0)
     return b_sum
 
 
 @triton.jit
-def excite(
+def hidden_elements(group, item, N, SIZE, SAMPLES: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Sample, element of SIZE, and validity of BLOCK_E elements of a group of samples."""
+    o_e = item * BLOCK_E + tl.arange(0, BLOCK_E)
+    i_n = (group * SAMPLES + o_e // SIZE).to(tl.int64)
+    return i_n, o_e % SIZE, (o_e < SAMPLES * SIZE) & (i_n < N)
+
+
+@triton.jit
+def hidden_layer(
     part_ptr,  # (N, J, K, H)
     b1_ptr,  # (H,) or None
-    w2_ptr,  # (C, H)
-    b_w2,  # [BLOCK_C, BLOCK_H], all of its rows' weights, or None
-    b2_ptr,  # (C,) or None
-    pre_ptr,  # (N, K, H), written if ``store_pre``, or None
-    gate_ptr,  # (N, C), written if ``store_gate``, or None
-    i_n,
-    c,
-    store_pre,
-    store_gate,
-    C,
+    pre_ptr,  # (N, K, H), written
+    group,
+    item,
+    N,
     H,
     J,
     K: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """pre = fc1 of the pools, BLOCK_E of its elements in a group of samples."""
+    i_n, o_e, m = hidden_elements(group, item, N, K * H, SAMPLES, BLOCK_E)
+    b_pre = sum_parts(part_ptr, i_n, o_e, m, J, K * H, part_ptr.dtype.element_ty, BLOCK_E)
+    if b1_ptr is not None:
+        b_pre += tl.load(b1_ptr + o_e % H, mask=m, other=0).to(b_pre.dtype)
+    tl.store(pre_ptr + i_n * K * H + o_e, b_pre, mask=m)
+
+
+@triton.jit
+def excite(
+    pre_ptr,  # (N, K, H)
+    w2_ptr,  # (C, H)
+    b2_ptr,  # (C,) or None
+    gate_ptr,  # (N, C), written if ``store``, or None
+    group,
+    c,
+    store,
+    N,
+    C,
+    H,
+    K: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATE: tl.constexpr,
+    SAMPLES: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """[BLOCK_C] gates of the channels from c on of sample i_n."""
-    ACC: tl.constexpr = part_ptr.dtype.element_ty
+    """[ROWS, BLOCK_C] gates of the channels from c on of a group of samples."""
+    ROWS: tl.constexpr = 16 if SAMPLES > 1 else 1
+    ACC: tl.constexpr = pre_ptr.dtype.element_ty
     o_c = c + tl.arange(0, BLOCK_C)
-    m_c = o_c < C
-    b_logit = tl.zeros([BLOCK_C], ACC)
+    o_n = (group * SAMPLES + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    m_n = (o_n < N) & (tl.arange(0, ROWS) < SAMPLES)[:, None]
+    b_logit = tl.zeros([ROWS, BLOCK_C], ACC)
     for h in range(0, H, BLOCK_H):
         o_h = h + tl.arange(0, BLOCK_H)
-        m_h = o_h < H
-        b_hidden = tl.zeros([BLOCK_H], ACC)
+        m = m_n & (o_h < H)[None, :]
+        b_hidden = tl.zeros([ROWS, BLOCK_H], ACC)
         for k in tl.static_range(K):
-            b_pre = sum_parts(part_ptr + (i_n * J * K + k) * H, o_h, m_h, J, K * H, ACC, BLOCK_H)
-            if b1_ptr is not None:
-                b_pre += tl.load(b1_ptr + o_h, mask=m_h, other=0).to(ACC)
-            if pre_ptr is not None:
-                tl.store(pre_ptr + (i_n * K + k) * H + o_h, b_pre, mask=m_h & store_pre)
+            b_pre = tl.load(pre_ptr + (o_n * K + k) * H + o_h[None, :], mask=m, other=0, cache_modifier=".cg")
             b_hidden += activate(b_pre, ACTIVATION)
-        if b_w2 is None:
-            b_logit += tl.sum(load_w2(w2_ptr, o_c, o_h, C, H, ACC) * b_hidden[None, :], axis=1)
-        else:
-            b_logit += tl.sum(b_w2 * b_hidden[None, :], axis=1)
+        b_logit += product(b_hidden, load_weight(w2_ptr, o_c, o_h, C, H, ACC))
     if b2_ptr is not None:
-        b_logit += K * tl.load(b2_ptr + o_c, mask=m_c, other=0).to(ACC)
+        b_logit += K * tl.load(b2_ptr + o_c, mask=o_c < C, other=0).to(ACC)[None, :]
     b_gate = gate_value(b_logit, GATE)
     if gate_ptr is not None:
-        tl.store(gate_ptr + i_n * C + o_c, b_gate, mask=m_c & store_gate)
+        tl.store(gate_ptr + o_n * C + o_c[None, :], b_gate, mask=m_n & (o_c < C)[None, :] & store)
     return b_gate
 
 
@@ -318,7 +385,7 @@ def squeeze_kernel(
     squeeze(
         x_ptr, None, stats_ptr, arg_ptr, pool_ptr, argmax_ptr, None, counters_ptr,
         groups, pid // items, pid % items, groups, C, P, 1, CHUNK,
-        AVG, MAX, LP, LSE, 1, CHANNELS_LAST, BLOCK_C, BLOCK_P, 16,
+        AVG, MAX, LP, LSE, pool_ptr.dtype.element_ty, 1, CHANNELS_LAST, BLOCK_C, BLOCK_P, 16,
     )  # fmt: skip
 
 

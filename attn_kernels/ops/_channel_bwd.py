@@ -1,8 +1,9 @@
 """Squeeze and excitation of channels, backward: the part that SE and CBAM's channel gate share.
 
 Two phases of one launch (see _tickets.py) and one on small matrices. The first reads dy and x: the gradient of the
-gate, and partial sums over channels of fc2's transposed product (``dpart``). The second adds those up, goes back
-through fc1 to the pools, reads dy again and writes dx. Then the weights' gradients, from what both have left.
+gate, and partial sums over channels of fc2's transposed product (``dpart``). Items between the two add those up and go
+back to the hidden layer. The second goes through fc1 to the pools, reads dy again and writes dx. Then the weights'
+gradients, from what all have left.
 
 Shapes as in _channel.py; dlogit (N, C); dpart (N, J, H); dpre (N, K, H).
 """
@@ -15,7 +16,17 @@ import triton.language as tl
 from torch import Tensor
 
 from attn_kernels.ops import _config as config
-from attn_kernels.ops._channel import empty_dweights, load_w1, load_w2, pool_count, pool_flags, sum_parts
+from attn_kernels.ops._channel import (
+    empty_dweights,
+    get_row,
+    hidden_elements,
+    load_weight,
+    pool_count,
+    pool_flags,
+    product,
+    put_row,
+    sum_parts,
+)
 from attn_kernels.ops._device import (
     activate,
     activate_bwd,
@@ -59,11 +70,10 @@ def _dgate(
     c = i_j * BLOCK_C
     o_c = c + tl.arange(0, BLOCK_C)
     m_c = o_c < C
-    b_w2 = None
-    if SAMPLES > 1:
-        b_w2 = load_w2(w2_ptr, o_c, tl.arange(0, BLOCK_H), C, H, ACC)
-    for i in range(group * SAMPLES, tl.minimum(group * SAMPLES + SAMPLES, N)):
-        i_n = tl.cast(i, tl.int64)
+    ROWS: tl.constexpr = 16 if SAMPLES > 1 else 1
+    b_rows = tl.zeros([ROWS, BLOCK_C], ACC)
+    for row in range(0, tl.minimum(SAMPLES, N - group * SAMPLES)):
+        i_n = tl.cast(group * SAMPLES + row, tl.int64)
         b_sum = tl.zeros([BLOCK_C, BLOCK_P], ACC)
         for p in range(i_s * CHUNK, tl.minimum(i_s * CHUNK + CHUNK, P), BLOCK_P):
             b_dy = load_tail_grad(dy_ptr, mask_ptr, None, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
@@ -84,24 +94,56 @@ def _dgate(
             b_gate = tl.load(gate_ptr + i_n * C + o_c, mask=m_c, other=0)
             b_dlogit = tl.where(m_c, gate_bwd(b_dgate, b_gate, GATE), 0.0)
             tl.store(dlogit_ptr + i_n * C + o_c, b_dlogit, mask=m_c)
-            p_dpart = dpart_ptr + (i_n * J + i_j) * H
-            if b_w2 is not None:
-                o_h = tl.arange(0, BLOCK_H)
-                tl.store(p_dpart + o_h, tl.sum(b_w2 * b_dlogit[:, None], axis=0), mask=o_h < H)
-            else:
-                for h in range(0, H, BLOCK_H):
-                    o_h = h + tl.arange(0, BLOCK_H)
-                    b_w = load_w2(w2_ptr, o_c, o_h, C, H, ACC)
-                    tl.store(p_dpart + o_h, tl.sum(b_w * b_dlogit[:, None], axis=0), mask=o_h < H)
+            b_rows = put_row(b_rows, row, b_dlogit)
+            if SAMPLES == 1:
+                _fc2(b_rows, w2_ptr, dpart_ptr, group, i_j, o_c, N, C, H, J, SAMPLES, BLOCK_H)
+    if SAMPLES > 1:
+        _fc2(b_rows, w2_ptr, dpart_ptr, group, i_j, o_c, N, C, H, J, SAMPLES, BLOCK_H)
 
 
 @triton.jit
-def _dpool(b_dhidden, b_w1, pre_ptr, dpre_ptr, first, o_h, m_h, store, ACTIVATION: tl.constexpr):
-    """[BLOCK_C] gradient of a pool from BLOCK_H hidden units; stores dpre, the gradient before their activation."""
-    b_pre = tl.load(pre_ptr + first + o_h, mask=m_h, other=0)
-    b_dpre = activate_bwd(b_dhidden, b_pre, ACTIVATION)
-    tl.store(dpre_ptr + first + o_h, b_dpre, mask=m_h & store)
-    return tl.sum(b_w1 * b_dpre[:, None], axis=0)
+def _fc2(
+    b_dlogit, w2_ptr, dpart_ptr, group, i_j, o_c, N, C, H, J, SAMPLES: tl.constexpr, BLOCK_H: tl.constexpr
+):  # fmt: skip
+    o_n = group * SAMPLES + tl.arange(0, b_dlogit.shape[0])
+    m_n = (o_n < N) & (tl.arange(0, b_dlogit.shape[0]) < SAMPLES)
+    for h in range(0, H, BLOCK_H):
+        o_h = h + tl.arange(0, BLOCK_H)
+        b_dpart = product(b_dlogit, tl.trans(load_weight(w2_ptr, o_c, o_h, C, H, b_dlogit.dtype)))
+        pointers = dpart_ptr + (o_n.to(tl.int64)[:, None] * J + i_j) * H + o_h[None, :]
+        tl.store(pointers, b_dpart, mask=m_n[:, None] & (o_h < H)[None, :])
+
+
+@triton.jit
+def _hidden_grad(
+    dpart_ptr, pre_ptr, dpre_ptr, group, item, N, H, J, K: tl.constexpr, ACTIVATION: tl.constexpr,
+    SAMPLES: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """dpre = act' * fc2^T @ dlogit for every pool, BLOCK_E elements of a group of samples."""
+    i_n, o_h, m = hidden_elements(group, item, N, H, SAMPLES, BLOCK_E)
+    b_dhidden = sum_parts(dpart_ptr, i_n, o_h, m, J, H, dpart_ptr.dtype.element_ty, BLOCK_E)
+    for k in tl.static_range(K):
+        o_pre = (i_n * K + k) * H + o_h
+        b_pre = tl.load(pre_ptr + o_pre, mask=m, other=0)
+        tl.store(dpre_ptr + o_pre, activate_bwd(b_dhidden, b_pre, ACTIVATION), mask=m)
+
+
+@triton.jit
+def _dpool(
+    dpre_ptr, w1_ptr, group, k, o_c, N, C, H, K: tl.constexpr, ACC: tl.constexpr, SAMPLES: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, BLOCK_C] gradients of the k-th pool of a group of samples: fc1^T @ dpre_k."""
+    ROWS: tl.constexpr = 16 if SAMPLES > 1 else 1
+    o_n = (group * SAMPLES + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    m_n = (o_n < N) & (tl.arange(0, ROWS) < SAMPLES)[:, None]
+    b_dpool = tl.zeros([ROWS, o_c.shape[0]], ACC)
+    for h in range(0, H, BLOCK_H):
+        o_h = h + tl.arange(0, BLOCK_H)
+        pointers = dpre_ptr + (o_n * K + k) * H + o_h[None, :]
+        b_dpre = tl.load(pointers, mask=m_n & (o_h < H)[None, :], other=0, cache_modifier=".cg")
+        b_dpool += product(b_dpre, tl.trans(load_weight(w1_ptr, o_h, o_c, H, C, ACC)))
+    return b_dpool
 
 
 @triton.jit(do_not_specialize=["N", "groups", "lead"])
@@ -143,6 +185,7 @@ def gate_bwd_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):
     """dx = d(gated x) * gate + the pools' gradients, and what those of the weights need. Reads dy twice and x."""
     C, P = aligned(C, P, UNIT, CHANNELS_LAST)
@@ -150,65 +193,55 @@ def gate_bwd_kernel(
     K: tl.constexpr = AVG + MAX + LP + LSE
     J = tl.cdiv(C, BLOCK_C)
     S = tl.cdiv(P, CHUNK)
+    hidden_items = tl.cdiv(SAMPLES * H, BLOCK_E)
     if gate_ptr is None:
         second, group, item = work_item(tl.program_id(0), groups, 0, 0, J * S, 0)
+        hidden_items = 0
     else:
-        second, group, item = work_item(take_ticket(counters_ptr), groups, lead, J * S, J * S, 0)
+        ticket = take_ticket(counters_ptr)
+        second, group, item = work_item(ticket, groups, lead, J * S, hidden_items + J * S, hidden_items)
         if not second:
             _dgate(
                 dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, w2_ptr, gate_ptr, dlogit_ptr, dpart_ptr,
                 stats_ptr, counters_ptr, groups, group, item, N, C, P, H, CHUNK, GATE, SAMPLES, CHANNELS_LAST,
                 BLOCK_C, BLOCK_P, BLOCK_H,
             )  # fmt: skip
-            signal(flag(counters_ptr, group))
-    if second:
-        i_j = item // S
+            signal(flag(counters_ptr, groups, 0, group))
+        elif item < hidden_items:
+            wait(flag(counters_ptr, groups, 0, group), J * S)
+            _hidden_grad(dpart_ptr, pre_ptr, dpre_ptr, group, item, N, H, J, K, ACTIVATION, SAMPLES, BLOCK_E)
+            signal(flag(counters_ptr, groups, 1, group))
+    if second & (item >= hidden_items):
+        item -= hidden_items
         i_s = item % S
-        c = i_j * BLOCK_C
+        c = item // S * BLOCK_C
         o_c = c + tl.arange(0, BLOCK_C)
         m_c = o_c < C
-        b_w1 = None
         if gate_ptr is not None:
-            if SAMPLES > 1:
-                b_w1 = load_w1(w1_ptr, tl.arange(0, BLOCK_H), o_c, C, H, ACC)
-            wait(flag(counters_ptr, group), J * S)
-        for i in range(group * SAMPLES, tl.minimum(group * SAMPLES + SAMPLES, N)):
-            i_n = tl.cast(i, tl.int64)
+            wait(flag(counters_ptr, groups, 1, group), hidden_items)
+            if AVG:
+                b_davgs = _dpool(dpre_ptr, w1_ptr, group, 0, o_c, N, C, H, K, ACC, SAMPLES, BLOCK_H) / P
+            if MAX:
+                b_dmaxs = _dpool(dpre_ptr, w1_ptr, group, AVG, o_c, N, C, H, K, ACC, SAMPLES, BLOCK_H)
+            if LP:
+                b_dlps = _dpool(dpre_ptr, w1_ptr, group, AVG + MAX, o_c, N, C, H, K, ACC, SAMPLES, BLOCK_H)
+            if LSE:
+                b_dlses = _dpool(dpre_ptr, w1_ptr, group, AVG + MAX + LP, o_c, N, C, H, K, ACC, SAMPLES, BLOCK_H)
+        for row in range(0, tl.minimum(SAMPLES, N - group * SAMPLES)):
+            i_n = tl.cast(group * SAMPLES + row, tl.int64)
             if gate_ptr is not None:
                 b_gate = tl.load(gate_ptr + i_n * C + o_c, mask=m_c, other=0)
-                store = item == 0
-                b_davg = tl.zeros([BLOCK_C], ACC)
-                b_dmax = tl.zeros([BLOCK_C], ACC)
-                b_dlp = tl.zeros([BLOCK_C], ACC)
-                b_dlse = tl.zeros([BLOCK_C], ACC)
-                for h in range(0, H, BLOCK_H):
-                    o_h = h + tl.arange(0, BLOCK_H)
-                    m_h = o_h < H
-                    b_dhidden = sum_parts(dpart_ptr + i_n * J * H, o_h, m_h, J, H, ACC, BLOCK_H)
-                    if b_w1 is not None:
-                        b_w = b_w1
-                    else:
-                        b_w = load_w1(w1_ptr, o_h, o_c, C, H, ACC)
-                    first = i_n * K * H
-                    if AVG:
-                        b_davg += _dpool(b_dhidden, b_w, pre_ptr, dpre_ptr, first, o_h, m_h, store, ACTIVATION)
-                        first += H
-                    if MAX:
-                        b_dmax += _dpool(b_dhidden, b_w, pre_ptr, dpre_ptr, first, o_h, m_h, store, ACTIVATION)
-                        first += H
-                    if LP:
-                        b_dlp += _dpool(b_dhidden, b_w, pre_ptr, dpre_ptr, first, o_h, m_h, store, ACTIVATION)
-                        first += H
-                    if LSE:
-                        b_dlse += _dpool(b_dhidden, b_w, pre_ptr, dpre_ptr, first, o_h, m_h, store, ACTIVATION)
-                b_davg /= P
                 p_pool = pool_ptr + i_n * K * C + o_c
+                if AVG:
+                    b_davg = get_row(b_davgs, row)
                 if MAX:
+                    b_dmax = get_row(b_dmaxs, row)
                     b_argmax = tl.load(argmax_ptr + i_n * C + o_c, mask=m_c, other=-1)
                 if LP:
                     b_lp = tl.load(p_pool + (AVG + MAX) * C, mask=m_c, other=0)
-                    b_dlp = tl.where(b_lp == 0, 0.0, b_dlp / tl.where(b_lp == 0, 1.0, b_lp))
+                    b_dlp = tl.where(b_lp == 0, 0.0, get_row(b_dlps, row) / tl.where(b_lp == 0, 1.0, b_lp))
                 if LSE:
+                    b_dlse = get_row(b_dlses, row)
                     b_lse = tl.load(p_pool + (AVG + MAX + LP) * C, mask=m_c, other=0)
             for p in range(i_s * CHUNK, tl.minimum(i_s * CHUNK + CHUNK, P), BLOCK_P):
                 o_p = p + tl.arange(0, BLOCK_P)
@@ -356,7 +389,8 @@ def launch_dx(
     plan = channel_plan(x, hidden)
     dx = torch.empty_like(x)
     dresidual = torch.empty_like(x) if need_dresidual else None
-    gate_bwd_kernel[(plan.groups * plan.items * (2 if hidden else 1),)](
+    items = 2 * plan.items + plan.hidden_items(hidden) if hidden else plan.items
+    gate_bwd_kernel[(plan.groups * items,)](
         dy,
         mask,
         x,
@@ -377,6 +411,7 @@ def launch_dx(
         GATE=gate_name,
         SAMPLES=plan.samples,
         BLOCK_H=plan.block_h,
+        BLOCK_E=config.HIDDEN_ELEMENTS,
         **tile_options(x, plan.tile),
         maxnreg=128,
     )

@@ -17,6 +17,8 @@ BYTE = 8
 # Bytes of x that a program of a ticketed launch reads at most where it can choose: what lies between the two phases of
 # 264 programs, those of an H100, then stays within half of its L2 (dy, x and dx: 3 x 132 x 32 KB = 13 MB).
 ITEM_BYTES = 32 * 1024
+# Elements of a gate's hidden layer that a program adds up, over 16 blocks of channels at a time.
+HIDDEN_ELEMENTS = 256
 # Samples of small planes that a program serves at most, so that it reads its weights once for all of them.
 SAMPLES = 16
 
@@ -96,7 +98,12 @@ class ChannelPlan:
 
     @property
     def items(self) -> int:
+        """Of a group, in each phase."""
         return self.blocks * self.splits
+
+    def hidden_items(self, elements: int) -> int:
+        """Of a group, between the phases: they add up a hidden layer of ``elements`` a sample."""
+        return cdiv(self.samples * elements, HIDDEN_ELEMENTS)
 
 
 @functools.lru_cache
@@ -106,25 +113,21 @@ def channel_plan(
     """For the channel gate, whose MLP has ``hidden`` units; 0 where there is none."""
     tile = plane_tile(n, c, p, itemsize, channels_last, multiprocessors, True)
     block_c, block_p, samples, splits = tile.block_c, tile.block_p, 1, 0
-    block_h = hidden_block(hidden, block_c)
-    if 16 * hidden > p * itemsize:
-        # The weights of a channel, in float32, are more than a quarter of its plane: they stay in registers while
-        # samples pass, whose planes are not divided.
-        least, whole_h = max(SECTOR // itemsize, BYTE), max(next_power_of_2(hidden), 16)
-        narrow_c = min(block_c, max(TILE // whole_h, least))
-        samples = min(SAMPLES, next_power_of_2(n))
+    if hidden and c > BYTE:
+        # A program reads its weights, 8 bytes a channel and unit in float32, once for enough samples that they are a
+        # quarter of x. Tiles of 64-byte rows and of 16 channels at least, for ``tl.dot``; planes are not divided.
+        samples = min(SAMPLES, next_power_of_2(n), next_power_of_2(cdiv(32 * hidden, p * itemsize)))
+        narrow_c = min(max(64 // itemsize, 16), max(next_power_of_2(c), 16))
         while samples > 1 and (
-            cdiv(n, samples) * cdiv(c, narrow_c) < multiprocessors
-            or samples * narrow_c * p * itemsize > 2 * ITEM_BYTES
+            cdiv(n, samples) * cdiv(c, narrow_c) < multiprocessors or samples * narrow_c * p * itemsize > 2 * ITEM_BYTES
         ):
             samples //= 2
-        if samples > 1 and narrow_c * whole_h <= 2 * TILE:
-            block_c, block_h, splits = narrow_c, whole_h, 1
+        if samples > 1:
+            block_c, splits = narrow_c, 1
             block_p = min(max(next_power_of_2(p), BYTE), max(TILE // block_c, 1))
-        else:
-            samples = 1
-    # Two kernels in one need more registers: half as many bytes a thread.
-    tile = Tile.of(block_c, block_p, c if channels_last else p, itemsize, 32 if samples == 1 else 16)
+    block_h = hidden_block(hidden, block_c)
+    # Several kernels in one need more registers: half as many bytes a thread.
+    tile = Tile.of(block_c, block_p, c if channels_last else p, itemsize, 32)
     blocks, tiles = cdiv(c, block_c), cdiv(p, block_p)
     most = max(ITEM_BYTES // (block_c * block_p * itemsize), 1)
     least = max(n * blocks * tiles // (4 * multiprocessors), 1)
@@ -175,7 +178,8 @@ def reduce_tile(n: int, p: int, hidden: int, itemsize: int, multiprocessors: int
     block_p = min(max(next_power_of_2(p), 16), 128 if block_h * itemsize <= 64 else 64)
     while block_p > 16 and n * cdiv(p, block_p) < multiprocessors:
         block_p //= 2
-    return Tile(64 if itemsize == 2 else 32, block_p, 8 if block_h * block_p >= 2048 else 4), block_h
+    # 128 bytes of consecutive channels; 8 warps where each thread still has a vector of x.
+    return Tile(128 // itemsize, block_p, 8 if block_h * block_p >= 2048 and block_p >= 32 else 4), block_h
 
 
 @functools.lru_cache

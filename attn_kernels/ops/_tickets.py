@@ -75,24 +75,18 @@ def is_last_of(counter_ptr, count):
 
 
 @triton.jit
-def flag(counters_ptr, group):
-    """Signalled by the first phase of a group."""
-    return counters_ptr + 1 + group
-
-
-@triton.jit
-def second_flag(counters_ptr, groups, group):
-    """Signalled by those items of the second phase of a group that others of it wait for."""
-    return counters_ptr + 1 + groups + group
+def flag(counters_ptr, groups, PHASE: tl.constexpr, group):
+    """Signalled by the items of a group: those of the first phase, and those of the second that others wait for."""
+    return counters_ptr + 1 + PHASE * groups + group
 
 
 @triton.jit
 def split_counter(counters_ptr, groups, i):
     """Counts the programs that have done their part of the i-th sum."""
-    return counters_ptr + 1 + 2 * groups + i
+    return counters_ptr + 1 + 3 * groups + i
 
 
 def counters(x: Tensor, plan: ChannelPlan) -> Tensor:
-    """The ticket, two flags a group, and a counter for every sum that several programs share; zeroed by a memset."""
+    """The ticket, three flags a group, and a counter for every sum that several programs share; zeroed by a memset."""
     sums = x.shape[0] * plan.blocks if plan.splits > 1 else 0
-    return x.new_zeros(1 + 2 * plan.groups + sums, dtype=torch.int32)
+    return x.new_zeros(1 + 3 * plan.groups + sums, dtype=torch.int32)

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from attn_kernels.ops import _config as config
-from attn_kernels.ops._channel import load_w1, load_w2
+from attn_kernels.ops._channel import load_weight
 from attn_kernels.ops._device import aligned, load_tail_grad, load_tile, store_tail, store_tile
 from attn_kernels.ops._launch import pixel_tile, reduce_bwd_tile, reduce_tile, tile_options
 from attn_kernels.ops._library import (
@@ -145,7 +145,7 @@ def squeeze_kernel(
         for c in range(0, C, BLOCK_C):
             o_c = c + tl.arange(0, BLOCK_C)
             b_x = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-            b_weight = load_w1(weight_ptr, o_h, o_c, C, H, ACC)
+            b_weight = load_weight(weight_ptr, o_h, o_c, H, C, ACC)
             b_reduced += tl.dot(b_weight, b_x, input_precision=PRECISION, out_dtype=ACC)
             if h == 0:
                 tl.store(mean_ptr + (i_n * blocks + i_b) * C + o_c, tl.sum(b_x, axis=1) / P, mask=o_c < C)
@@ -192,7 +192,7 @@ def dx_kernel(
     for h in range(0, H, BLOCK_H):
         o_h = h + tl.arange(0, BLOCK_H)
         m_h = o_h < H
-        b_weight = load_w2(weight_ptr, o_h, o_c, H, C, ACC)
+        b_weight = load_weight(weight_ptr, o_h, o_c, H, C, ACC)
         b_dweight = tl.zeros([BLOCK_H, BLOCK_C], ACC)
         b_dbias = tl.zeros([BLOCK_H], ACC)
         for t in range(i_q, N * blocks, tl.num_programs(1)):

@@ -38,7 +38,7 @@ from attn_kernels.ops._library import (
     register,
     unmask,
 )
-from attn_kernels.ops._tickets import counters, flag, second_flag, signal, take_ticket, wait, work_item
+from attn_kernels.ops._tickets import counters, flag, signal, take_ticket, wait, work_item
 from reference._common import accumulation_dtype, uses_batch_statistics
 from reference.cbam import channel_gate, spatial_gate
 
@@ -93,8 +93,8 @@ def pools_kernel(
     b2_ptr,  # (C,) or None
     stats_ptr,  # (N, S, Q, C), written, or None if S = 1
     arg_ptr,  # (N, S, C), written, or None
-    pool_ptr,  # (N, K, C), written
-    argmax_ptr,  # (N, C), written if MAX
+    pool_ptr,  # (N, K, C), written, or None
+    argmax_ptr,  # (N, C), written if MAX, or None
     part_ptr,  # (N, J, K, H), written
     pre_ptr,  # (N, K, H), written
     gate_ptr,  # (N, C), written, or None where there is no channel gate
@@ -118,6 +118,7 @@ def pools_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     POOL_C: tl.constexpr,
     POOL_P: tl.constexpr,
 ):
@@ -136,34 +137,35 @@ def pools_kernel(
         J = tl.cdiv(C, BLOCK_C)
         S = tl.cdiv(P, CHUNK)
         ticket = take_ticket(counters_ptr)
-        # In the second phase the gates come first, one block of channels an item.
-        second, group, item = work_item(ticket, groups, lead, J * S, J + SAMPLES * blocks, J)
+        # In the second phase the hidden layer comes first, then the gates, a block of channels an item.
+        hidden_items = tl.cdiv(SAMPLES * K * H, BLOCK_E)
+        ahead = hidden_items + J
+        second, group, item = work_item(ticket, groups, lead, J * S, ahead + SAMPLES * blocks, ahead)
         if not second:
             _channel.squeeze(
                 x_ptr, w1_ptr, stats_ptr, arg_ptr, pool_ptr, argmax_ptr, part_ptr, counters_ptr,
                 groups, group, item, N, C, P, H, CHUNK,
-                AVG, MAX, LP, LSE, SAMPLES, CHANNELS_LAST, BLOCK_C, BLOCK_P, BLOCK_H,
+                AVG, MAX, LP, LSE, part_ptr.dtype.element_ty, SAMPLES, CHANNELS_LAST, BLOCK_C, BLOCK_P, BLOCK_H,
             )  # fmt: skip
-            signal(flag(counters_ptr, group))
-        elif item < J:
-            c = item * BLOCK_C
-            b_w2 = None
-            if SAMPLES > 1:
-                o_c = c + tl.arange(0, BLOCK_C)
-                b_w2 = _channel.load_w2(w2_ptr, o_c, tl.arange(0, BLOCK_H), C, H, pool_ptr.dtype.element_ty)
-            wait(flag(counters_ptr, group), J * S)
-            for i in range(group * SAMPLES, tl.minimum(group * SAMPLES + SAMPLES, N)):
-                _channel.excite(
-                    part_ptr, b1_ptr, w2_ptr, b_w2, b2_ptr, pre_ptr, gate_ptr, tl.cast(i, tl.int64), c,
-                    item == 0, True, C, H, J, K, "relu", "sigmoid", BLOCK_C, BLOCK_H,
-                )  # fmt: skip
-            signal(second_flag(counters_ptr, groups, group))
+            signal(flag(counters_ptr, groups, 0, group))
+        elif item < hidden_items:
+            wait(flag(counters_ptr, groups, 0, group), J * S)
+            _channel.hidden_layer(part_ptr, b1_ptr, pre_ptr, group, item, N, H, J, K, SAMPLES, BLOCK_E)
+            signal(flag(counters_ptr, groups, 1, group))
+        elif item < ahead:
+            wait(flag(counters_ptr, groups, 1, group), hidden_items)
+            _channel.excite(
+                pre_ptr, w2_ptr, b2_ptr, gate_ptr, group, (item - hidden_items) * BLOCK_C, True, N, C, H,
+                K, "relu", "sigmoid", SAMPLES, BLOCK_C, BLOCK_H,
+            )  # fmt: skip
+            signal(flag(counters_ptr, groups, 2, group))
         else:
-            i_n = (group * SAMPLES + (item - J) // blocks).to(tl.int64)
+            item -= ahead
+            i_n = (group * SAMPLES + item // blocks).to(tl.int64)
             if i_n < N:
-                wait(second_flag(counters_ptr, groups, group), J)
+                wait(flag(counters_ptr, groups, 2, group), J)
                 _channel_pool(
-                    x_ptr, gate_ptr, maps_ptr, spatial_argmax_ptr, i_n, (item - J) % blocks * POOL_P, C, P,
+                    x_ptr, gate_ptr, maps_ptr, spatial_argmax_ptr, i_n, item % blocks * POOL_P, C, P,
                     CHANNELS_LAST, POOL_C, POOL_P,
                 )  # fmt: skip
 
@@ -491,7 +493,8 @@ def _forward(
         pool, argmax, pre, gate = _channel.empty_saved(x, w1, pools)
         stats, arg = _channel.empty_stats(x, plan, pools)
         part, tickets = pool.new_empty((n, plan.blocks, pool.shape[1], hidden)), counters(x, plan)
-        second = plan.blocks + plan.samples * config.cdiv(h * w, tile.block_p)
+        second = plan.hidden_items(pool.shape[1] * hidden) + plan.blocks
+        second += plan.samples * config.cdiv(h * w, tile.block_p)
         programs = (plan.groups * (plan.items + second),)
     pools_kernel[programs](
         x,
@@ -501,8 +504,8 @@ def _forward(
         b2,
         stats,
         arg,
-        pool,
-        argmax,
+        pool if save else None,
+        argmax if save else None,
         part,
         pre,
         gate,
@@ -519,7 +522,9 @@ def _forward(
         **_channel.pool_flags(pools),
         SAMPLES=plan.samples,
         BLOCK_H=plan.block_h,
-        POOL_C=tile.block_c,
+        BLOCK_E=config.HIDDEN_ELEMENTS,
+        # In as many warps as the other phases: no more elements of x at once than they hold.
+        POOL_C=min(tile.block_c, max(plan.tile.block_c * plan.tile.block_p // tile.block_p, 1)),
         POOL_P=tile.block_p,
         **tile_options(x, plan.tile),
         maxnreg=128,

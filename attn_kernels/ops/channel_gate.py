@@ -18,12 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attn_kernels.ops import _config as config
 from attn_kernels.ops._channel import (
     empty_dweights,
     empty_saved,
     empty_stats,
     excite,
-    load_w2,
+    get_row,
+    hidden_layer,
     pool_bits,
     pool_flags,
     squeeze,
@@ -57,10 +59,10 @@ def channel_gate_kernel(
     b2_ptr,  # (C,) or None
     stats_ptr,  # (N, S, Q, C), written, or None if S = 1
     arg_ptr,  # (N, S, C), written, or None
-    pool_ptr,  # (N, K, C), written
-    argmax_ptr,  # (N, C), written if MAX
+    pool_ptr,  # (N, K, C), written, or None
+    argmax_ptr,  # (N, C), written if MAX, or None
     part_ptr,  # (N, J, K, H), written
-    pre_ptr,  # (N, K, H), written, or None
+    pre_ptr,  # (N, K, H), written
     gate_ptr,  # (N, C), written, or None
     counters_ptr,
     N,
@@ -83,38 +85,43 @@ def channel_gate_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):
     """y = act(x * gate + residual). Reads x twice, the second time from L2 (and residual), writes y."""
     C, P = aligned(C, P, UNIT, CHANNELS_LAST)
     K: tl.constexpr = AVG + MAX + LP + LSE
     J = tl.cdiv(C, BLOCK_C)
     S = tl.cdiv(P, CHUNK)
-    second, group, item = work_item(take_ticket(counters_ptr), groups, lead, J * S, J * S, 0)
-    if second:
+    hidden_items = tl.cdiv(SAMPLES * K * H, BLOCK_E)
+    ticket = take_ticket(counters_ptr)
+    second, group, item = work_item(ticket, groups, lead, J * S, hidden_items + J * S, hidden_items)
+    if not second:
+        squeeze(
+            x_ptr, w1_ptr, stats_ptr, arg_ptr, pool_ptr, argmax_ptr, part_ptr, counters_ptr,
+            groups, group, item, N, C, P, H, CHUNK,
+            AVG, MAX, LP, LSE, part_ptr.dtype.element_ty, SAMPLES, CHANNELS_LAST, BLOCK_C, BLOCK_P, BLOCK_H,
+        )  # fmt: skip
+        signal(flag(counters_ptr, groups, 0, group))
+    elif item < hidden_items:
+        wait(flag(counters_ptr, groups, 0, group), J * S)
+        hidden_layer(part_ptr, b1_ptr, pre_ptr, group, item, N, H, J, K, SAMPLES, BLOCK_E)
+        signal(flag(counters_ptr, groups, 1, group))
+    else:
+        item -= hidden_items
         i_s = item % S
         c = item // S * BLOCK_C
-        b_w2 = None
-        if SAMPLES > 1:
-            o_c = c + tl.arange(0, BLOCK_C)
-            b_w2 = load_w2(w2_ptr, o_c, tl.arange(0, BLOCK_H), C, H, pool_ptr.dtype.element_ty)
-        wait(flag(counters_ptr, group), J * S)
-        for i in range(group * SAMPLES, tl.minimum(group * SAMPLES + SAMPLES, N)):
-            i_n = tl.cast(i, tl.int64)
-            b_gate = excite(
-                part_ptr, b1_ptr, w2_ptr, b_w2, b2_ptr, pre_ptr, gate_ptr, i_n, c, item == 0, i_s == 0, C, H, J,
-                K, ACTIVATION, GATE, BLOCK_C, BLOCK_H,
-            )  # fmt: skip
+        wait(flag(counters_ptr, groups, 1, group), hidden_items)
+        b_gates = excite(
+            pre_ptr, w2_ptr, b2_ptr, gate_ptr, group, c, i_s == 0, N, C, H,
+            K, ACTIVATION, GATE, SAMPLES, BLOCK_C, BLOCK_H,
+        )  # fmt: skip
+        for row in range(0, tl.minimum(SAMPLES, N - group * SAMPLES)):
+            i_n = tl.cast(group * SAMPLES + row, tl.int64)
+            b_gate = get_row(b_gates, row)
             for p in range(i_s * CHUNK, tl.minimum(i_s * CHUNK + CHUNK, P), BLOCK_P):
                 b_x = load_tile(x_ptr, i_n, c, p, C, P, b_gate.dtype, CHANNELS_LAST, BLOCK_C, BLOCK_P)
                 b_y = b_x * b_gate[:, None]
                 store_tail(b_y, y_ptr, residual_ptr, mask_ptr, i_n, c, p, C, P, RELU, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-    else:
-        squeeze(
-            x_ptr, w1_ptr, stats_ptr, arg_ptr, pool_ptr, argmax_ptr, part_ptr, counters_ptr,
-            groups, group, item, N, C, P, H, CHUNK,
-            AVG, MAX, LP, LSE, SAMPLES, CHANNELS_LAST, BLOCK_C, BLOCK_P, BLOCK_H,
-        )  # fmt: skip
-        signal(flag(counters_ptr, group))
 
 
 def _forward(
@@ -135,7 +142,8 @@ def _forward(
     plan = channel_plan(x, hidden)
     y, mask = torch.empty_like(x), empty_mask(x, relu and save)
     pool, argmax, pre, gate = empty_saved(x, w1, pools)
-    channel_gate_kernel[(2 * plan.groups * plan.items,)](
+    middle = plan.hidden_items(pool.shape[1] * hidden)
+    channel_gate_kernel[(plan.groups * (2 * plan.items + middle),)](
         x,
         residual,
         y,
@@ -145,10 +153,10 @@ def _forward(
         w2,
         b2,
         *empty_stats(x, plan, pools),
-        pool,
-        argmax,
+        pool if save else None,
+        argmax if save else None,
         pool.new_empty((n, plan.blocks, pool.shape[1], hidden)),
-        pre if save else None,
+        pre,
         gate if save else None,
         counters(x, plan),
         n,
@@ -164,6 +172,7 @@ def _forward(
         RELU=relu,
         SAMPLES=plan.samples,
         BLOCK_H=plan.block_h,
+        BLOCK_E=config.HIDDEN_ELEMENTS,
         **tile_options(x, plan.tile),
         maxnreg=128,
     )
