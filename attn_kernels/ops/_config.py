@@ -173,10 +173,11 @@ def reduce_tile(n: int, p: int, hidden: int, itemsize: int, multiprocessors: int
     """For BAM's reducing convolution: a program owns ``block_p`` pixels; and the units that it computes at once."""
     if itemsize == 8:
         return Tile(16, 16, 4), 16
-    block_h = min(max(next_power_of_2(hidden), 16), 128)
+    # More units or pixels at once spill: 128 registers are what two programs of 8 warps leave each other.
+    block_h = min(max(next_power_of_2(hidden), 16), 64)
     # The sums of a block of pixels, for the means, are 1/64 of what it reads and less.
-    block_p = min(max(next_power_of_2(p), 16), 128 if block_h * itemsize <= 64 else 64)
-    while block_p > 16 and n * cdiv(p, block_p) < multiprocessors:
+    block_p = min(max(next_power_of_2(p), 16), 8192 // (block_h * itemsize), 128)
+    while block_p > 8 * itemsize and n * cdiv(p, block_p) < multiprocessors:
         block_p //= 2
     # 128 bytes of consecutive channels; 8 warps where each thread still has a vector of x.
     return Tile(128 // itemsize, block_p, 8 if block_h * block_p >= 2048 and block_p >= 32 else 4), block_h
@@ -187,7 +188,7 @@ def reduce_bwd_tile(n: int, c: int, p: int, hidden: int, itemsize: int, multipro
     """For its backward: a program owns ``block_c`` channels; units at once; programs that share the pixels."""
     if itemsize == 8:
         return Tile(16, 16, 4), 16, min(n * cdiv(p, 16), 4)
-    block_h = min(max(next_power_of_2(hidden), 16), 256 // itemsize)
+    block_h = min(max(next_power_of_2(hidden), 16), 64)
     block_c, block_p = 128 // itemsize, min(max(next_power_of_2(p), 16), 64 if block_h * itemsize <= 64 else 32)
     programs = min(n * cdiv(p, block_p), cdiv(2 * multiprocessors, cdiv(c, block_c)))
     return Tile(block_c, block_p, 8), block_h, programs

@@ -291,6 +291,8 @@ def _squeeze(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Te
         hidden,
         BLOCK_H=block_h,
         **tile_options(x, tile),
+        num_stages=2,
+        maxnreg=128,
     )
     return mean.sum(1), reduced
 
@@ -331,6 +333,7 @@ def _dx(
         hidden,
         BLOCK_H=block_h,
         **tile_options(x, tile),
+        num_stages=1,  # prefetching spills
     )
     return dx, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(weight.dtype)
 
