@@ -158,7 +158,7 @@ def _count_lanes(
         def counted(builder, *args, **kwargs):
             handle = args[pointers]
             # The mask of a block pointer is a bare array, whose ``data`` is its buffer.
-            active = True if mask is None else np.asarray(args[mask].data)
+            active = True if mask is None else np.asarray(args[mask].data, bool)
             addresses = handle.data[np.broadcast_to(active, handle.data.shape)]
             size = addresses.size * max(1, handle.get_element_ty().primitive_bitwidth // 8)
             launch = traffic.per_launch[-1]

@@ -4,8 +4,9 @@ Touched bytes are those of all loads and stores, in units of N, the bytes of x; 
 in Inductor's accounting and in eager's. DRAM bytes are what is left of the touched behind a model of the device's L2:
 an LRU over 32-byte sectors, empty before and written back after forward and backward each, at half the nominal
 capacity, for programs in flight share it. What runs is a slice of the device and of a batch of 64: as small a part of
-the multiprocessors and of L2 as of the elements, so that N / L2 is that of the whole. A slice has fewer channels, so
-that its parameters weigh little: what programs read of them again and again weighs more on a whole one (--shape).
+the multiprocessors and of L2 as of the elements, so that N / L2 is that of the whole, of enough samples that one fits
+L2 several times, as on the whole. A slice has fewer channels or pixels, so that its parameters weigh little: what
+programs read of them again and again weighs more on a whole one (--shape).
 The exit status is 1 if a fused module moves more distinct bytes than torch.compile or than its budget allows.
 """
 
@@ -15,6 +16,7 @@ import argparse
 import csv
 import hashlib
 import itertools
+import math
 import multiprocessing
 import os
 import sys
@@ -96,10 +98,10 @@ class Stage(NamedTuple):
 
 # The slices have channels enough that maps of one value a pixel weigh little, and samples enough that weights do.
 STAGES = {
-    "stage1": Stage((256, 56, 56), (1, 128, 56, 56)),
-    "stage2": Stage((512, 28, 28), (2, 256, 28, 28)),
-    "stage3": Stage((1024, 14, 14), (8, 256, 14, 14)),
-    "stage4": Stage((2048, 7, 7), (32, 256, 7, 7)),
+    "stage1": Stage((256, 56, 56), (16, 256, 28, 28)),
+    "stage2": Stage((512, 28, 28), (8, 256, 28, 28)),
+    "stage3": Stage((1024, 14, 14), (16, 256, 14, 14)),
+    "stage4": Stage((2048, 7, 7), (64, 256, 7, 7)),
 }
 
 
@@ -195,7 +197,7 @@ def cases(arguments: argparse.Namespace) -> Iterator[Case]:
         places = [("", arguments.shape, arguments.shape[0] / BATCH)]
     else:
         stages = {name: STAGES[name] for name in arguments.stage}
-        places = [(name, s.runs, s.runs[0] * s.runs[1] / (BATCH * s.map[0])) for name, s in stages.items()]
+        places = [(name, s.runs, math.prod(s.runs) / (BATCH * math.prod(s.map))) for name, s in stages.items()]
     selection = itertools.product(arguments.mode, places, arguments.op, arguments.layout)
     for mode, (stage, shape, part), op, layout in selection:
         if op == "BAM" and shape[0] == 1:  # its BatchNorm wants two samples

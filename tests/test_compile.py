@@ -205,20 +205,22 @@ def test_cases_are_those_that_were_asked_for():
 
 @interpreted
 class TestAddresses:
-    """The last program of each kernel, on tensors of more than 2**31 elements that have no memory."""
+    """The last programs of each kernel, on tensors of more than 2**31 elements that have no memory."""
 
-    SHAPE = (2**19 + 1, 64, 8, 8)
+    SHAPE = (8448, 64, 64, 64)  # samples that BAM's programs share evenly, so that the last one has the last
+    MULTIPROCESSORS = {"SE": 132, "CBAM": 132, "BAM": 2112, "SimAM": 132}  # many, and a program has few samples
 
     @pytest.fixture
     def touched(self, monkeypatch) -> list[tuple[str, int, int]]:
         """Kernels that get a full-size tensor, and the least and the greatest address that they touch."""
         found: list[tuple[str, int, int]] = []
         spans: list[tuple[int, int]] = []
+        ticket = [0]
         builder = interpreter.InterpreterBuilder
         set_grid_dim, set_grid_idx = builder.set_grid_dim, builder.set_grid_idx
 
         def touch(pointers, mask):
-            active = np.broadcast_to(mask.data, pointers.data.shape)
+            active = np.broadcast_to(mask.data, pointers.data.shape).astype(bool)
             addresses = pointers.data[active].view(np.int64)
             if addresses.size:
                 size = pointers.get_element_ty().primitive_bitwidth // 8
@@ -229,18 +231,31 @@ class TestAddresses:
             kind = pointers.get_element_ty()
             return interpreter.TensorHandle(np.zeros(pointers.data.shape, interpreter._get_np_dtype(kind)), kind)
 
+        def atomic(self, operation, pointers, value, mask, sem, scope):
+            # A ticket; or a flag that all have signalled, who are not the last to do so.
+            found = ticket[0] if sem == triton._C.libtriton.ir.MEM_SEMANTIC.RELAXED else 2**30
+            return interpreter.TensorHandle(np.full(pointers.data.shape, found, np.int32), value.dtype)
+
         def launch(kernel, *args, grid, warmup, **kwargs):
-            arguments = [*args, *(kwargs[name] for name in kernel.arg_names[len(args) :])]
-            if not any(isinstance(a, torch.Tensor) and a.numel() == math.prod(self.SHAPE) for a in arguments):
+            arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+            if not any(isinstance(a, torch.Tensor) and a.numel() == math.prod(self.SHAPE) for a in arguments.values()):
                 return
+            tickets = [0]
+            if arguments.get("counters_ptr") is not None:  # the last items of the second phase, and of the first
+                first = -(-arguments["C"] // arguments["BLOCK_C"]) * -(-arguments["P"] // arguments["CHUNK"])
+                second = grid[0] // arguments["groups"] - first
+                end = grid[0] - arguments["lead"] * second
+                tickets = [*range(end - second, end), *range(grid[0] - second, grid[0])]
             full_grid = (*grid, 1, 1)[:3]
             monkeypatch.setattr(builder, "set_grid_dim", lambda b, *_: set_grid_dim(b, *full_grid))
             monkeypatch.setattr(builder, "set_grid_idx", lambda b, *_: set_grid_idx(b, *(n - 1 for n in full_grid)))
             spans.clear()
-            interpreter.GridExecutor(kernel.rewrite(), kernel.arg_names, (1,))(*args, **kwargs)
+            for ticket[0] in tickets:
+                interpreter.GridExecutor(kernel.rewrite(), kernel.arg_names, (1,))(*args, **kwargs)
             found.append((kernel.__name__, min(low for low, _ in spans), max(high for _, high in spans)))
 
         monkeypatch.setattr(builder, "create_masked_load", load)
+        monkeypatch.setattr(builder, "create_atomic_rmw", atomic)
         monkeypatch.setattr(builder, "create_masked_store", lambda self, p, value, mask, *_: touch(p, mask))
         monkeypatch.setattr(interpreter.GridExecutor, "_init_args_hst", lambda self, args, kwargs: (args, kwargs))
         monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda self, *_: None)
@@ -253,7 +268,7 @@ class TestAddresses:
         with torch.device("meta"):
             module = getattr(attn_kernels, name)(*(() if name == "SimAM" else (self.SHAPE[1],)))
             x = torch.empty(self.SHAPE, dtype=torch.float16).to(memory_format=LAYOUTS[layout]).requires_grad_()
-        with launching_on_meta(132):
+        with launching_on_meta(self.MULTIPROCESSORS[name]):
             y = module(x, x, "relu")
             torch.autograd.grad(y, x, torch.empty_like(y))
         assert touched

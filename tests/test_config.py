@@ -20,7 +20,20 @@ def test_tiles_fit(choose, channels_last):
         assert blocks[0 if channels_last else 1] >= config.BYTE  # a ReLU's bits fill bytes
         assert tile.block_c * tile.block_p <= 4 * config.TILE
         assert 1 <= tile.num_warps <= 16
-        assert config.plane_splits(n, c, p, tile, sms) <= config.cdiv(p, tile.block_p)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_items_cover_every_plane(channels_last):
+    for n, c, p, itemsize, sms in itertools.product((1, 8, 32, 256), CHANNELS, PIXELS, (2, 4, 8), (1, 58, 132)):
+        plan = config.channel_plan(n, c, p, max(c // 16, 1), itemsize, channels_last, sms)
+        assert plan.blocks * plan.tile.block_c >= c > (plan.blocks - 1) * plan.tile.block_c
+        assert plan.splits * plan.chunk >= p > (plan.splits - 1) * plan.chunk
+        assert plan.chunk % plan.tile.block_p == 0
+        assert plan.groups * plan.samples >= n > (plan.groups - 1) * plan.samples
+        assert 1 <= plan.lead <= plan.groups
+        if plan.samples > 1:
+            assert plan.splits == 1
+            assert plan.samples <= 16 <= plan.tile.block_c  # what tl.dot takes
 
 
 def test_few_partial_products():
