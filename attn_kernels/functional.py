@@ -99,7 +99,9 @@ def is_fused(x: Tensor, others: Sequence[Tensor | None] = (), norm: object = Non
 
 def _prepare(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
     x = dense(x)
-    return x, None if residual is None else like(residual, x)
+    residual = None if residual is None else like(residual, x)
+    # torch.compile takes no tensor twice in an autograd Function.
+    return x, torch.ops.aten.alias(x) if residual is x else residual
 
 
 def se(
