@@ -119,7 +119,7 @@ def se(
     parameters = fc1_weight, fc1_bias, fc2_weight, fc2_bias
     options = {"mlp_activation": mlp_activation, "gate": gate, "residual": residual, "activation": activation}
     check_se(x, *parameters, **options)
-    if why_not(x, (residual, *parameters)):
+    if not is_fused(x, (residual, *parameters)):
         return reference.se(x, *parameters, **options)
     x, residual = _prepare(x, residual)
     return _channel_gate.channel_gate(x, *parameters, residual, ("avg",), mlp_activation, gate, activation == "relu")
@@ -139,7 +139,7 @@ def channel_gate(
     parameters = fc1_weight, fc1_bias, fc2_weight, fc2_bias
     options = {"pool_types": pool_types, "residual": residual, "activation": activation}
     check_channel_gate(x, *parameters, **options)
-    if why_not(x, (residual, *parameters)):
+    if not is_fused(x, (residual, *parameters)):
         return reference.channel_gate(x, *parameters, **options)
     x, residual = _prepare(x, residual)
     return _channel_gate.channel_gate(x, *parameters, residual, pool_types, "relu", "sigmoid", activation == "relu")
@@ -149,7 +149,7 @@ def simam(
     x: Tensor, e_lambda: float = 1e-4, *, residual: Tensor | None = None, activation: str | None = None
 ) -> Tensor:
     check_simam(x, e_lambda, residual=residual, activation=activation)
-    if why_not(x, (residual,)):
+    if not is_fused(x, (residual,)):
         return reference.simam(x, e_lambda, residual=residual, activation=activation)
     x, residual = _prepare(x, residual)
     return _simam.simam(x, residual, e_lambda, activation == "relu")
@@ -164,7 +164,7 @@ def spatial_gate(
     activation: str | None = None,
 ) -> Tensor:
     check_spatial_gate(x, conv_weight, norm, residual=residual, activation=activation)
-    if why_not(x, (residual, conv_weight), norm):
+    if not is_fused(x, (residual, conv_weight), norm):
         return reference.spatial_gate(x, conv_weight, norm, residual=residual, activation=activation)
     x, residual = _prepare(x, residual)
     return _cbam.cbam(x, (None, None, None, None), conv_weight, norm, residual, (), activation == "relu")
@@ -186,7 +186,7 @@ def cbam(
     mlp = fc1_weight, fc1_bias, fc2_weight, fc2_bias
     options = {"pool_types": pool_types, "residual": residual, "activation": activation}
     check_cbam(x, *mlp, conv_weight, norm, **options)
-    if why_not(x, (residual, *mlp, conv_weight), norm):
+    if not is_fused(x, (residual, *mlp, conv_weight), norm):
         return reference.cbam(x, *mlp, conv_weight, norm, **options)
     x, residual = _prepare(x, residual)
     return _cbam.cbam(x, mlp, conv_weight, norm, residual, pool_types, activation == "relu")
@@ -201,7 +201,7 @@ def bam(
     activation: str | None = None,
 ) -> Tensor:
     check_bam(x, gate_c, gate_s, residual=residual, activation=activation)
-    if why_not(x, (residual, gate_s[0].weight, gate_s[0].bias)):
+    if not is_fused(x, (residual, gate_s[0].weight, gate_s[0].bias)):
         return reference.bam(x, gate_c, gate_s, residual=residual, activation=activation)
     x, residual = _prepare(x, residual)
     return _bam.bam(x, gate_c, gate_s, residual, activation == "relu")
