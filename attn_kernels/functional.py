@@ -87,7 +87,10 @@ def why_not(x: Tensor, others: Sequence[Tensor | None] = (), norm: object = None
         if not _cbam.is_fusable(norm):
             kind = type(norm).__name__
             reasons.append(f"the norm ({kind}) is not a plain BatchNorm2d: one channel, its usual buffers, no hooks")
-        elif not _PLAIN.issuperset(map(type, (*norm._parameters.values(), *norm._buffers.values()))):
+        elif not (
+            _PLAIN.issuperset(map(type, norm._parameters.values()))
+            and _PLAIN.issuperset(map(type, norm._buffers.values()))
+        ):
             reasons.append("a parameter or buffer of the norm is no plain tensor")
     return reasons
 
