@@ -1,8 +1,9 @@
 """Fused Triton kernels for the attention modules of convolutional networks: SE, BAM, CBAM and SimAM."""
 
 from attn_kernels import functional, models
+from attn_kernels.explain import explain
 from attn_kernels.modules import BAM, CBAM, SE, ChannelGate, SimAM, SpatialGate
 
-__all__ = ["BAM", "CBAM", "SE", "ChannelGate", "SimAM", "SpatialGate", "functional", "models"]
+__all__ = ["BAM", "CBAM", "SE", "ChannelGate", "SimAM", "SpatialGate", "explain", "functional", "models"]
 
 __version__ = "0.1.0"

@@ -1,16 +1,20 @@
 """The functional forms of ``reference``, by the fused operators where they apply and by the reference elsewhere.
 
-The fused path needs ``x`` on a CUDA device (or on the CPU with ``TRITON_INTERPRET=1``), Triton, a float dtype and at
-least one element; export, tracing, forward-mode differentiation and functorch transforms see the reference formula,
-that is plain operators.
+The fused path needs ``x`` on a CUDA device (or on the CPU with ``TRITON_INTERPRET=1``), Triton, a float dtype, at least
+one element and plain tensors; export, tracing, forward-mode differentiation and functorch transforms see the reference
+formula, that is plain operators. ``why_not`` decides, and ``attn_kernels.explain`` says what it decided.
+
+``ATTN_KERNELS_DISABLE=1`` in the environment turns the fused path off. It is read once, when this module is imported.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 import reference
@@ -19,40 +23,88 @@ from reference.cbam import check_cbam, check_channel_gate, check_spatial_gate
 from reference.se import check_se
 from reference.simam import check_simam
 
-try:
-    import triton
-except ImportError:
-    _DEVICES: tuple[str, ...] = ()
-else:
-    from attn_kernels.ops import bam as _bam
-    from attn_kernels.ops import cbam as _cbam
-    from attn_kernels.ops import channel_gate as _channel_gate
-    from attn_kernels.ops import simam as _simam
-    from attn_kernels.ops._library import dense, like
+# The devices that the kernels run on, and why there is none.
+_DEVICES: tuple[str, ...] = ()
+_NO_DEVICE = ""
 
-    _DEVICES = ("cuda", "cpu") if triton.knobs.runtime.interpret else ("cuda",)
+if os.environ.get("ATTN_KERNELS_DISABLE", "0") not in ("", "0"):
+    _NO_DEVICE = "ATTN_KERNELS_DISABLE is set"
+elif torch.version.hip is not None:
+    _NO_DEVICE = "this PyTorch is built for ROCm, and the kernels are written for NVIDIA GPUs"
+else:
+    try:
+        import triton
+    except ImportError as error:
+        _NO_DEVICE = f"Triton cannot be imported: {error}"
+    else:
+        from attn_kernels.ops import bam as _bam
+        from attn_kernels.ops import cbam as _cbam
+        from attn_kernels.ops import channel_gate as _channel_gate
+        from attn_kernels.ops import simam as _simam
+        from attn_kernels.ops._library import dense, like
+
+        _DEVICES = ("cuda", "cpu") if triton.knobs.runtime.interpret else ("cuda",)
+
+# A kernel reads the memory of these. Any other subclass (a shard, a quantised weight) has operators of its own. Under
+# torch.compile and in its fake tensors an operator is recorded, not run.
+_PLAIN = frozenset((Tensor, nn.Parameter, FakeTensor, type(None)))
 
 __all__ = ["bam", "cbam", "channel_gate", "se", "simam", "spatial_gate"]
 
 
-def is_fused(x: Tensor) -> bool:
-    """Whether a call on ``x`` takes the fused path."""
-    return (
-        x.device.type in _DEVICES
-        and x.numel() > 0
-        # Offsets within a sample, and within the maps of a batch, are 32 bits wide.
-        and x.shape[1] * x.shape[2] * x.shape[3] < 2**30
-        and x.shape[0] * x.shape[2] * x.shape[3] < 2**29
-        and forward_ad._current_level < 0
-        and not torch.compiler.is_exporting()
-        and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
-    )
+def why_not(x: Tensor, others: Sequence[Tensor | None] = (), norm: object = None) -> list[str]:
+    """Why a call does not take the fused path; empty where it does.
+
+    Args:
+        x: (N, C, H, W), of a dtype and shape that the functional forms take.
+        others: the residual and the parameters that the kernels would read.
+        norm: the spatial gate's, where there is one.
+    """
+    # Nothing is asked about shapes here: what is asked becomes a condition of the exported program.
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return ["torch.export, ONNX export and torch.jit.trace record plain operators"]
+    reasons = []
+    if not _DEVICES:
+        reasons.append(_NO_DEVICE)
+    elif x.device.type not in _DEVICES:
+        reasons.append(f"x is on {x.device.type}, and the kernels run on {' and '.join(_DEVICES)}")
+    n, c, h, w = x.shape
+    if n == 0:
+        reasons.append("x has no element")
+    # Offsets within a sample, and within the maps of a batch, are 32 bits wide.
+    if c * h * w >= 2**30:
+        reasons.append("a sample of x has 2**30 elements or more")
+    if n * h * w >= 2**29:
+        reasons.append("x has 2**29 pixels or more")
+    if type(x) not in _PLAIN or not _PLAIN.issuperset(map(type, others)):
+        kinds = sorted({type(t).__name__ for t in (x, *others) if type(t) not in _PLAIN})
+        reasons.append(f"x, the residual or a parameter is a {', '.join(kinds)}, and the kernels read plain tensors")
+    if forward_ad._current_level >= 0:
+        reasons.append("the kernels have no forward-mode derivative")
+    if torch._C._are_functorch_transforms_active():
+        reasons.append("torch.func transforms plain operators")
+    if norm is not None and _DEVICES:
+        if not _cbam.is_fusable(norm):
+            kind = type(norm).__name__
+            reasons.append(f"the norm ({kind}) is not a plain BatchNorm2d: one channel, its usual buffers, no hooks")
+        elif not (
+            _PLAIN.issuperset(map(type, norm._parameters.values()))
+            and _PLAIN.issuperset(map(type, norm._buffers.values()))
+        ):
+            reasons.append("a parameter or buffer of the norm is no plain tensor")
+    return reasons
+
+
+def is_fused(x: Tensor, others: Sequence[Tensor | None] = (), norm: object = None) -> bool:
+    """Whether a call takes the fused path."""
+    return not why_not(x, others, norm)
 
 
 def _prepare(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
     x = dense(x)
-    return x, None if residual is None else like(residual, x)
+    residual = None if residual is None else like(residual, x)
+    # torch.compile takes no tensor twice in an autograd Function.
+    return x, torch.ops.aten.alias(x) if residual is x else residual
 
 
 def se(
@@ -70,7 +122,7 @@ def se(
     parameters = fc1_weight, fc1_bias, fc2_weight, fc2_bias
     options = {"mlp_activation": mlp_activation, "gate": gate, "residual": residual, "activation": activation}
     check_se(x, *parameters, **options)
-    if not is_fused(x):
+    if not is_fused(x, (residual, *parameters)):
         return reference.se(x, *parameters, **options)
     x, residual = _prepare(x, residual)
     return _channel_gate.channel_gate(x, *parameters, residual, ("avg",), mlp_activation, gate, activation == "relu")
@@ -90,7 +142,7 @@ def channel_gate(
     parameters = fc1_weight, fc1_bias, fc2_weight, fc2_bias
     options = {"pool_types": pool_types, "residual": residual, "activation": activation}
     check_channel_gate(x, *parameters, **options)
-    if not is_fused(x):
+    if not is_fused(x, (residual, *parameters)):
         return reference.channel_gate(x, *parameters, **options)
     x, residual = _prepare(x, residual)
     return _channel_gate.channel_gate(x, *parameters, residual, pool_types, "relu", "sigmoid", activation == "relu")
@@ -100,7 +152,7 @@ def simam(
     x: Tensor, e_lambda: float = 1e-4, *, residual: Tensor | None = None, activation: str | None = None
 ) -> Tensor:
     check_simam(x, e_lambda, residual=residual, activation=activation)
-    if not is_fused(x):
+    if not is_fused(x, (residual,)):
         return reference.simam(x, e_lambda, residual=residual, activation=activation)
     x, residual = _prepare(x, residual)
     return _simam.simam(x, residual, e_lambda, activation == "relu")
@@ -115,7 +167,7 @@ def spatial_gate(
     activation: str | None = None,
 ) -> Tensor:
     check_spatial_gate(x, conv_weight, norm, residual=residual, activation=activation)
-    if not (is_fused(x) and _cbam.is_fusable(norm)):
+    if not is_fused(x, (residual, conv_weight), norm):
         return reference.spatial_gate(x, conv_weight, norm, residual=residual, activation=activation)
     x, residual = _prepare(x, residual)
     return _cbam.cbam(x, (None, None, None, None), conv_weight, norm, residual, (), activation == "relu")
@@ -137,7 +189,7 @@ def cbam(
     mlp = fc1_weight, fc1_bias, fc2_weight, fc2_bias
     options = {"pool_types": pool_types, "residual": residual, "activation": activation}
     check_cbam(x, *mlp, conv_weight, norm, **options)
-    if not (is_fused(x) and _cbam.is_fusable(norm)):
+    if not is_fused(x, (residual, *mlp, conv_weight), norm):
         return reference.cbam(x, *mlp, conv_weight, norm, **options)
     x, residual = _prepare(x, residual)
     return _cbam.cbam(x, mlp, conv_weight, norm, residual, pool_types, activation == "relu")
@@ -152,7 +204,7 @@ def bam(
     activation: str | None = None,
 ) -> Tensor:
     check_bam(x, gate_c, gate_s, residual=residual, activation=activation)
-    if not is_fused(x):
+    if not is_fused(x, (residual, gate_s[0].weight, gate_s[0].bias)):
         return reference.bam(x, gate_c, gate_s, residual=residual, activation=activation)
     x, residual = _prepare(x, residual)
     return _bam.bam(x, gate_c, gate_s, residual, activation == "relu")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -129,3 +129,47 @@ def assert_close(name: str, fused: Tensor, eager: Tensor, oracle: Tensor) -> Non
     scale = oracle.abs().max().item() * ulps
     verdict = compare(fused, eager, oracle, scale=scale)
     assert verdict.ok, f"{name}: error {verdict.error:.2e}, eager {verdict.eager_error:.2e}, of {verdict.allowed:.2e}"
+
+
+class Network(nn.Module):
+    """Images to 4 logits: convolution, BatchNorm, a residual attention, all twice, and a linear layer."""
+
+    def __init__(self, kit: object, name: str, channels: int = 8):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.attention1 = MODULES[name](kit, channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.attention2 = MODULES[name](kit, channels)
+        self.fc = nn.Linear(channels, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn1(self.conv1(x)))
+        x = self.attention1(x, x, "relu")
+        x = self.attention2(self.bn2(self.conv2(x)), x, "relu")
+        return self.fc(x.mean((2, 3)))
+
+
+def networks(name: str, device: torch.device) -> tuple[nn.Module, nn.Module]:
+    """A small network of fused modules and the same of the reference's, in training mode."""
+    return pair(lambda kit: Network(kit, name), device)
+
+
+def registered_operators() -> set[str]:
+    """The names of every operator of the library."""
+    return {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("attn_kernels::")}
+
+
+def assert_same_gradients(got: Iterable[Tensor], want: Iterable[Tensor], rtol: float = 1e-4) -> None:
+    """Assert that two lists agree within ``rtol`` of the norm of all.
+
+    Together, for one may cancel to nothing, as that of a bias before BatchNorm.
+    """
+    got, want = list(got), list(want)
+    assert [(g.shape, g.dtype) for g in got] == [(w.shape, w.dtype) for w in want]
+    error, scale = (
+        sum(t.double().square().sum().item() for t in tensors) ** 0.5
+        for tensors in ([g.double() - w.double() for g, w in zip(got, want, strict=True)], want)
+    )
+    assert error <= rtol * scale, f"error {error:.2e} of {scale:.2e}"

@@ -1,17 +1,16 @@
 """Which calls are fused, and that the others run the reference formula, silently and correctly."""
 
-import functools
-
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import attn_kernels
 import reference
 from attn_kernels import functional, models
 from attn_kernels.functional import is_fused
 from benchmarks.accuracy import compare
-from tests.harness import LAYOUTS, MODULES, pair, real_input
+from tests.harness import LAYOUTS, MODULES, pair, real_input, registered_operators
 
 
 @pytest.fixture(params=MODULES)
@@ -79,37 +78,30 @@ def test_forward_mode(modules, device):
     torch.testing.assert_close(*outputs)
 
 
-def test_opcheck(device, monkeypatch):
-    """Every operator, on the arguments that the modules call it with."""
-    from attn_kernels.ops import bam, cbam, channel_gate, simam
+class _Opcheck(TorchDispatchMode):
+    """Checks every operator of ``attn_kernels`` on the arguments that the modules call it with."""
 
-    seen = set()
-    for owner, name in (
-        (channel_gate, "forward_op"), (channel_gate, "backward_op"), (cbam, "forward_op"), (cbam, "backward_op"),
-        (simam, "forward_op"), (simam, "backward_op"), (bam, "apply_op"), (bam, "apply_backward_op"),
-        (bam, "mean_op"), (bam, "squeeze_backward_op"),
-    ):  # fmt: skip
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
 
-        def checked(*args, op):
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "attn_kernels":
             detached = tuple(a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args)
             torch.library.opcheck(op, detached, test_utils=("test_schema", "test_faketensor"))
-            seen.add(op)
-            return op(*args)
-
-        monkeypatch.setattr(owner, name, functools.partial(checked, op=getattr(owner, name)))
-    for build in MODULES.values():
-        module = build(attn_kernels, 12).to(device)
-        module(_x(device).requires_grad_(), _x(device).requires_grad_(), "relu").sum().backward()
-        module.eval()(_x(device))
-    assert len(seen) == 10
+            self.seen.add(op.name())
+        return op(*args, **(kwargs or {}))
 
 
-def test_export_sees_plain_operators(modules, device):
-    fused, eager = modules
-    x = _x(device)
-    program = torch.export.export(fused, (x,))
-    assert "attn_kernels" not in str(program.graph)
-    torch.testing.assert_close(program.module()(x), eager(x))
+def test_opcheck(device):
+    with _Opcheck() as checked:
+        for build in MODULES.values():
+            module = build(attn_kernels, 12).to(device)
+            for layout in LAYOUTS.values():
+                x, residual = (_x(device).contiguous(memory_format=layout).requires_grad_() for _ in range(2))
+                module.train()(x, residual, "relu").sum().backward()
+                module.eval()(x.detach())
+    assert checked.seen == registered_operators()  # a new operator is checked or fails here
 
 
 def test_compiles_without_a_graph_break(modules, device):

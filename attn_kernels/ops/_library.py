@@ -42,11 +42,19 @@ def is_channels_last(x: Tensor) -> bool:
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
+def is_dense(x: Tensor) -> bool:
+    """Whether ``x`` is dense in one of the two layouts."""
+    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+
+
+def layout(x: Tensor) -> torch.memory_format:
+    """The layout that the kernels run in: ``x``'s own where it is dense in one, else the nearer of the two."""
+    return torch.contiguous_format if x.is_contiguous() or x.stride(1) != 1 else torch.channels_last
+
+
 def dense(x: Tensor) -> Tensor:
     """``x`` itself where it is dense in one of the two layouts, else a copy in the nearer of the two."""
-    if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
-        return x
-    return x.contiguous(memory_format=torch.channels_last if x.stride(1) == 1 else torch.contiguous_format)
+    return x if is_dense(x) else x.contiguous(memory_format=layout(x))
 
 
 def like(t: Tensor, x: Tensor) -> Tensor:

@@ -1,0 +1,89 @@
+"""What a call of a module does: the fused path or the reference formula, why, and in which layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import reference
+from attn_kernels.functional import why_not
+from attn_kernels.modules import BAM, CBAM, SE, ChannelGate, SimAM, SpatialGate
+from attn_kernels.ops._library import is_dense, layout
+from reference._common import check_input
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a call does; ``str()`` says it in words.
+
+    Attributes:
+        call: the module, and the shape, dtype and device of its input.
+        reasons: why the reference formula runs; empty where the kernels do.
+        layout: "contiguous" or "channels_last", in which the kernels run; None for the reference formula, which takes
+            its input as it comes.
+        copied: whether the input is copied first, because it is dense in neither layout.
+    """
+
+    call: str
+    reasons: tuple[str, ...]
+    layout: str | None
+    copied: bool
+
+    @property
+    def fused(self) -> bool:
+        """Whether the kernels run."""
+        return not self.reasons
+
+    def __str__(self) -> str:
+        lines = [f"{self.call}: {f'fused, {self.layout}' if self.fused else 'the reference formula'}"]
+        lines += [f"  because {reason}" for reason in self.reasons]
+        if self.copied:
+            lines.append(f"  x is dense in neither layout: it is copied to {self.layout} first")
+        return "\n".join(lines)
+
+
+def explain(module: nn.Module, x: Tensor, residual: Tensor | None = None) -> Explanation:
+    """Say what ``module(x, residual)`` does here and now, without doing it.
+
+    Args:
+        module: an ``SE``, ``BAM``, ``CBAM``, ``ChannelGate``, ``SpatialGate`` or ``SimAM``.
+        x: (N, C, H, W), float16, bfloat16, float32 or float64, in any layout.
+        residual: the shape of ``x``.
+
+    Returns:
+        Whether the kernels run, every reason why they do not, the layout, and whether ``x`` is copied.
+
+    Raises:
+        TypeError, ValueError: another module, or an ``x`` or ``residual`` that the module refuses.
+    """
+    check_input(x, residual, None)
+    n, c, h, w = x.shape
+    call = f"{type(module).__name__} on ({n}, {c}, {h}, {w}) {str(x.dtype).removeprefix('torch.')} {x.device}"
+    reasons = tuple(_reasons(module, x, residual))
+    if reasons:
+        return Explanation(call, reasons, None, False)
+    name = "channels_last" if layout(x) == torch.channels_last else "contiguous"
+    return Explanation(call, (), name, not is_dense(x))
+
+
+def _reasons(module: nn.Module, x: Tensor, residual: Tensor | None) -> list[str]:
+    """Those of ``why_not`` on what the module's forward pass gives it."""
+    if isinstance(module, CBAM) and module.no_spatial:
+        module = module.ChannelGate
+    if isinstance(module, SE | ChannelGate):
+        return why_not(x, (residual, *module.parameters()))
+    if isinstance(module, SimAM):
+        return why_not(x, (residual,))
+    if isinstance(module, CBAM):
+        gate = module.SpatialGate.spatial
+        return why_not(x, (residual, *module.ChannelGate.mlp_parameters(), gate.conv.weight), gate.bn)
+    if isinstance(module, SpatialGate):
+        return why_not(x, (residual, module.spatial.conv.weight), module.spatial.bn)
+    if isinstance(module, BAM):
+        return why_not(x, (residual, *module.spatial_att.gate_s[0].parameters()))
+    names = (reference.SE, reference.BAM, reference.CBAM, reference.SimAM, reference.ChannelGate, reference.SpatialGate)
+    if isinstance(module, names):
+        return ["the module is reference's, not attn_kernels'"]
+    raise TypeError(f"module: expected a module of attn_kernels, got {type(module).__name__}")

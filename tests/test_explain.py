@@ -1,0 +1,251 @@
+"""What ``explain`` and ``python -m attn_kernels`` say, and that it is what the call does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+
+import attn_kernels
+import reference
+from attn_kernels import __main__ as command
+from attn_kernels import explain, functional
+from tests.harness import LAYOUTS, MODULES, pair, real_input
+from tests.test_import import WITHOUT_TRITON, python
+from tests.test_pytorch import Quantized
+
+
+@pytest.fixture(params=MODULES)
+def module(request, device):
+    return pair(lambda kit: MODULES[request.param](kit, 8), device)[0].eval()
+
+
+def _x(device, layout="contiguous"):
+    return real_input((2, 8, 5, 4), torch.float32, layout, device)
+
+
+def _reason(module, x, residual=None):
+    """The only reason why a call is not fused, which the functional form has to share."""
+    explanation = explain(module, x, residual)
+    assert not explanation.fused
+    assert explanation.layout is None
+    assert not explanation.copied
+    (reason,) = explanation.reasons
+    assert f"because {reason}" in str(explanation)
+    assert "the reference formula" in str(explanation)
+    return reason
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fused(module, layout, device):
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        explanation = explain(module, _x(device, layout).to(dtype))
+        assert explanation.fused
+        assert explanation.layout == layout
+        assert not explanation.copied
+        assert explanation.reasons == ()
+        name = str(dtype).removeprefix("torch.")
+        call = f"{type(module).__name__} on (2, 8, 5, 4) {name} {_x(device).device}"
+        assert str(explanation) == f"{call}: fused, {layout}"
+
+
+def test_copies_of_what_is_dense_in_neither_layout(module, device):
+    wide = torch.randn(2, 16, 10, 4, device=device)
+    for x, layout in (
+        (wide[:, ::2, ::2], "contiguous"),
+        (wide[:, :8].contiguous(memory_format=torch.channels_last)[:, :, ::2], "channels_last"),
+    ):
+        explanation = explain(module, x)
+        assert explanation.copied
+        assert explanation.layout == layout
+        assert "copied" in str(explanation)
+        assert module(x).is_contiguous(memory_format=LAYOUTS[layout])
+
+
+def test_explanation_is_what_the_call_does(module, device, monkeypatch):
+    ran = []
+    for name in functional.__all__:
+        formula = getattr(reference, name)
+        monkeypatch.setattr(reference, name, lambda *a, formula=formula, **k: ran.append(1) or formula(*a, **k))
+    x = _x(device)
+    for given, residual in ((x, None), (x, x), (x[:0], None), (x, Quantized.of(x))):
+        ran.clear()
+        module(given, residual)
+        assert explain(module, given, residual).fused == (not ran)
+
+
+def test_device(module):
+    module = module.to("meta")
+    assert "x is on meta, and the kernels run on " in _reason(module, torch.empty(2, 8, 5, 4, device="meta"))
+
+
+def test_no_kernels(module, device, monkeypatch):
+    monkeypatch.setattr(functional, "_DEVICES", ())
+    monkeypatch.setattr(functional, "_NO_DEVICE", "Triton cannot be imported")
+    assert _reason(module, _x(device)) == "Triton cannot be imported"
+
+
+def test_empty(module, device):
+    assert "no element" in _reason(module, _x(device)[:0])
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [((1, 8, 2**14, 2**13), "a sample"), ((2**14, 8, 2**8, 2**7), "pixels")],
+    ids=["sample", "batch"],
+)
+def test_too_large(module, shape, words, device, monkeypatch):
+    monkeypatch.setattr(functional, "_DEVICES", ("meta",))
+    assert words in _reason(module.to("meta"), torch.empty(shape, device="meta"))
+    assert explain(module, torch.empty(shape[0], 4, shape[2] // 2, shape[3], device="meta")).fused
+
+
+def test_subclass_as_input_residual_and_parameter(module, device):
+    x = _x(device)
+    assert "Quantized" in _reason(module, Quantized.of(x))
+    assert "Quantized" in _reason(module, x, Quantized.of(x))
+    weights = [n for n, p in module.named_parameters() if p.dim() > 1]
+    if isinstance(module, attn_kernels.BAM):  # the other layers of its branches run as modules
+        weights = ["spatial_att.gate_s.gate_s_conv_reduce0.weight"]
+    for path in weights:
+        owner, _, name = path.rpartition(".")
+        owner, plain = module.get_submodule(owner), module.get_parameter(path)
+        setattr(owner, name, nn.Parameter(Quantized.of(plain.detach()), requires_grad=False))
+        assert "Quantized" in _reason(module, x)
+        setattr(owner, name, plain)
+    assert explain(module, x).fused
+
+
+def test_forward_mode(module, device):
+    with forward_ad.dual_level():
+        assert "forward-mode" in _reason(module, _x(device))
+
+
+def test_functional_transform(module, device):
+    seen = []
+    torch.func.vmap(lambda x: seen.append(_reason(module, x)) or x)(_x(device)[None])
+    assert "torch.func" in seen[0]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tracing_and_export(module, device):
+    seen = []
+
+    class Probe(nn.Module):
+        def forward(self, x):
+            seen.append(functional.why_not(x))
+            return x + 1
+
+    torch.jit.trace(Probe(), _x(device), check_trace=False)
+    torch.export.export(Probe(), (_x(device),))
+    assert len(seen) >= 2
+    assert all(reasons == seen[0] and "torch.export" in reasons[0] for reasons in seen)
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: attn_kernels.CBAM(8), attn_kernels.SpatialGate], ids=["cbam", "spatial_gate"]
+)
+def test_norm(build, device):
+    module, x = build().to(device), _x(device)
+    gate = getattr(module, "SpatialGate", module).spatial
+    plain = gate.bn
+    for norm in (nn.Identity(), nn.SyncBatchNorm(1), nn.BatchNorm2d(1, momentum=None).eval()):
+        gate.bn = norm.to(device)
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.num_batches_tracked = None
+        assert f"the norm ({type(norm).__name__})" in _reason(module, x)
+    gate.bn = plain
+    hook = plain.register_forward_hook(lambda *_: None)
+    assert "hooks" in _reason(module, x)
+    hook.remove()
+    weight = plain.weight
+    plain.weight = nn.Parameter(Quantized.of(weight.detach()), requires_grad=False)
+    assert "of the norm" in _reason(module, x)
+    plain.weight = weight
+    assert explain(module, x).fused
+
+
+def test_no_spatial_gate(device):
+    assert explain(attn_kernels.CBAM(8, no_spatial=True).to(device), _x(device)).fused
+
+
+def test_all_reasons_are_given(device):
+    empty = Quantized(torch.zeros(0, 1, 1, 1, dtype=torch.int8, device=device), torch.ones((), device=device))
+    words = "no element", "Quantized", "Identity"
+    reasons = functional.why_not(empty, (), nn.Identity())
+    assert len(reasons) == len(words)
+    assert all(word in reason for word, reason in zip(words, reasons, strict=True))
+
+
+def test_triton_missing():
+    python(
+        WITHOUT_TRITON + "import torch, attn_kernels\n"
+        "reasons = attn_kernels.explain(attn_kernels.SE(8), torch.zeros(1, 8, 1, 1)).reasons\n"
+        "assert reasons == ('Triton cannot be imported: no triton here',), reasons"
+    )
+
+
+def test_reference_module(device):
+    assert "reference's" in _reason(reference.SE(8).to(device), _x(device))
+
+
+def test_bad_arguments(device):
+    with pytest.raises(TypeError, match="module: expected a module of attn_kernels, got Linear"):
+        explain(nn.Linear(8, 8), _x(device))
+    with pytest.raises(TypeError, match="x: expected dtype"):
+        explain(attn_kernels.SimAM(), _x(device).int())
+    with pytest.raises(ValueError, match="residual: expected x's shape"):
+        explain(attn_kernels.SimAM(), _x(device), _x(device)[:1])
+
+
+def _command(**environment):
+    inherited = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "ATTN_KERNELS_DISABLE")}
+    return subprocess.run(
+        [sys.executable, "-m", "attn_kernels"],
+        cwd=Path(__file__).parents[1],
+        env=inherited | {"CUDA_VISIBLE_DEVICES": ""} | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_command_checks_the_interpreted_kernels():
+    done = _command(TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    for name in command.NAMES:
+        for layout in LAYOUTS:
+            assert [name, layout, *["fused"] * 4] in lines
+        assert [name, "ok,"] in [line[:2] for line in lines]
+    for fact in ("PyTorch", "Triton", "driver", "GPU", "TRITON_INTERPRET", "ATTN_KERNELS_DISABLE"):
+        assert fact in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({}, "x is on cpu, and the kernels run on cuda"),
+        ({"ATTN_KERNELS_DISABLE": "1"}, "ATTN_KERNELS_DISABLE is set"),
+        ({"ATTN_KERNELS_DISABLE": "1", "TRITON_INTERPRET": "1"}, "ATTN_KERNELS_DISABLE is set"),
+    ],
+)
+def test_command_says_in_one_line_why_nothing_is_fused(environment, reason):
+    done = _command(**environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"Every module runs the reference formula here: {reason}."
+    assert "fused" not in done.stdout
+
+
+def test_command_fails_where_a_module_is_wrong(device, monkeypatch, capsys):
+    monkeypatch.setattr(attn_kernels.SE, "_function", staticmethod(lambda *a, **k: functional.se(*a, **k) * 1.001))
+    monkeypatch.setattr(attn_kernels.BAM, "_function", staticmethod(lambda *a, **k: 1 / 0))
+    assert command.main() == 1
+    printed = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")}
+    assert "WRONG" in printed["SE"]
+    assert "FAILED, ZeroDivisionError" in printed["BAM"]
+    assert "ok" in printed["SimAM"]
