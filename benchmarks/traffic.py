@@ -3,7 +3,7 @@
 Touched bytes are those of all loads and stores, in units of N, the bytes of x; distinct ones count once a launch, as
 in Inductor's accounting and in eager's. DRAM bytes are what is left of the touched behind a model of the device's L2:
 an LRU over 32-byte sectors, empty before and written back after forward and backward each, at half the nominal
-capacity, for programs in flight share it. What runs is a slice of the device and of a batch of 64: as small a part of
+capacity, for programs in flight share it. What runs is a slice of the device and of a batch of 32: as small a part of
 the multiprocessors and of L2 as of the elements, so that N / L2 is that of the whole, of enough samples that one fits
 L2 several times, as on the whole. A slice has fewer channels or pixels, so that its parameters weigh little: what
 programs read of them again and again weighs more on a whole one (--shape).
@@ -46,7 +46,7 @@ RESULTS = Path(__file__).parent / "results"
 MODES = ("train", "eval")
 DIRECTIONS = ("forward", "backward")
 PROVIDERS = {"eager": ("eager", "#9aa5b1"), "compile": ("torch.compile", "#e8a33d"), "fused": ("fused", "#2f6fb5")}
-BATCH = 64
+BATCH = 32
 MB = 1024**2
 
 
@@ -71,6 +71,7 @@ class Op(NamedTuple):
     module: str
     forward: float
     backward: float
+    dram: float  # of a training step, behind L2
     tail: bool = False
     # Where it differs in channels_last with planes that no program holds.
     forward_channels_last: float | None = None
@@ -78,11 +79,12 @@ class Op(NamedTuple):
 
 
 OPS = {
-    "SE": Op("SE", 3, 4),
-    "SE+add+ReLU": Op("SE", 4, 5.1, tail=True),
-    "CBAM": Op("CBAM", 4, 6),
-    "BAM": Op("BAM", 4 + 1, 8),  # 4 for x, and what PyTorch moves of its branches' maps, 20 times a sixteenth of x
-    "SimAM": Op("SimAM", 2, 3, forward_channels_last=3, backward_channels_last=5),
+    "SE": Op("SE", 3, 4, dram=5.3),
+    "SE+add+ReLU": Op("SE", 4, 5.1, dram=7.4, tail=True),
+    "CBAM": Op("CBAM", 4, 6, dram=8.3),
+    # What PyTorch moves of its branches' maps, 20 times a sixteenth of x, comes on top.
+    "BAM": Op("BAM", 4 + 1, 8, dram=8.5 + 1.2),
+    "SimAM": Op("SimAM", 2, 3, dram=5.2, forward_channels_last=3, backward_channels_last=5),
 }
 # Of the budget: parameters, gates and maps, which are not full-size. A slice has half of the channels and fewer, so
 # that its maps, of one value a pixel, weigh twice and more what they do on the whole.
@@ -96,12 +98,13 @@ class Stage(NamedTuple):
     runs: tuple[int, int, int, int]
 
 
-# The slices have channels enough that maps of one value a pixel weigh little, and samples enough that weights do.
+# A slice has a batch's samples, each as small beside L2 as on the whole: what one group of samples leaves there for the
+# next phase is what decides. Maps of one value a pixel weigh four to eight times what they do on the whole.
 STAGES = {
-    "stage1": Stage((256, 56, 56), (16, 256, 28, 28)),
-    "stage2": Stage((512, 28, 28), (8, 256, 28, 28)),
-    "stage3": Stage((1024, 14, 14), (16, 256, 14, 14)),
-    "stage4": Stage((2048, 7, 7), (64, 256, 7, 7)),
+    "stage1": Stage((256, 56, 56), (32, 64, 24, 24)),
+    "stage2": Stage((512, 28, 28), (32, 64, 28, 28)),
+    "stage3": Stage((1024, 14, 14), (32, 128, 14, 14)),
+    "stage4": Stage((2048, 7, 7), (32, 256, 7, 7)),
 }
 
 
@@ -166,6 +169,10 @@ class Result(NamedTuple):
             for name, moved, budget in zip(DIRECTIONS, fused, self.case.budget, strict=False)
             if moved > budget * (1 + SMALL)
         ]
+        if self.case.mode == "train" and self.case.stage:
+            dram, budget = sum(p.dram for p in self.passes["fused"]), OPS[self.case.op].dram
+            if dram > budget * (1 + SMALL):
+                found.append(f"{dram:.2f}N of DRAM, the budget is {budget:g}N + {SMALL:.0%}")
         if "compile" in self.passes and sum(fused) > (allowed := sum(p.moved for p in self.passes["compile"])) + 1e-6:
             found.append(f"{sum(fused):.2f}N in all, torch.compile {allowed:.2f}N")
         return found
