@@ -163,12 +163,13 @@ class SE(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
         """``act(attention(x) + residual)`` for ``x`` of shape (N, C, H, W)."""
+        fc1, fc2 = self.fc1, self.fc2
         return self._function(
             x,
-            self.fc1.weight,
-            self.fc1.bias,
-            self.fc2.weight,
-            self.fc2.bias,
+            fc1.weight,
+            fc1.bias,
+            fc2.weight,
+            fc2.bias,
             mlp_activation=self.activation,
             gate=self.gate,
             residual=residual,

@@ -77,6 +77,31 @@ def get_row(b_rows, row):
 
 
 @triton.jit
+def saved_pointers(saved_ptr, N, C, H, K: tl.constexpr, SAVE: tl.constexpr):
+    """Where ``pre``, ``gate`` and ``pool`` are; the latter two are None if nothing is saved."""
+    n = tl.cast(N, tl.int64)
+    if SAVE:
+        return saved_ptr, saved_ptr + n * K * H, saved_ptr + n * (K * H + C)
+    else:
+        return saved_ptr, None, None
+
+
+@triton.jit
+def forward_pointers(
+    scratch_ptr, counters_ptr, N, C, H, J, groups, K: tl.constexpr, MAX: tl.constexpr, DIVIDED: tl.constexpr
+):  # fmt: skip
+    """Where ``part``, ``stats`` and ``arg`` are; the latter two are None where planes are not divided."""
+    n = tl.cast(N, tl.int64)
+    if DIVIDED:
+        if MAX:
+            return scratch_ptr, scratch_ptr + n * J * K * H, split_counter(counters_ptr, groups, n * J)
+        else:
+            return scratch_ptr, scratch_ptr + n * J * K * H, None
+    else:
+        return scratch_ptr, None, None
+
+
+@triton.jit
 def _top_shift(b_top):
     """What logsumexp subtracts."""
     return tl.where(tl.abs(b_top) == float("inf"), 0.0, b_top)
@@ -402,13 +427,17 @@ def pool_count(pools: int) -> int:
     return pools.bit_count()
 
 
+def stats_count(pools: int) -> int:
+    """Q: logsumexp needs the maximum, too."""
+    return pool_count(pools) + ((pools & 10) == 8)
+
+
 def empty_stats(x: Tensor, plan: ChannelPlan, pools: int) -> tuple[Tensor | None, Tensor | None]:
     """``stats, arg``: what the parts of divided planes leave; None where planes are whole."""
     if plan.splits == 1:
         return None, None
     n, c, _, _ = x.shape
-    extra = (pools & 10) == 8  # logsumexp needs the maximum, too
-    stats = x.new_empty((n, plan.splits, pool_count(pools) + extra, c), dtype=accumulation_dtype(x))
+    stats = x.new_empty((n, plan.splits, stats_count(pools), c), dtype=accumulation_dtype(x))
     return stats, x.new_empty((n, plan.splits, c), dtype=torch.int32) if pools & 2 else None
 
 
@@ -434,13 +463,31 @@ def pool(x: Tensor, pools: int) -> tuple[Tensor, Tensor]:
     return values, argmax
 
 
-def empty_saved(x: Tensor, w1: Tensor, pools: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the gate saves, empty: ``pool, argmax, pre, gate``."""
+def saved_size(x: Tensor, hidden: int, pools: int, save: bool) -> int:
+    """Elements of what the gate leaves, ``pre`` (N, K, H) and, for backward, ``gate`` (N, C) and ``pool`` (N, K, C)."""
     n, c, _, _ = x.shape
     k = pool_count(pools)
-    pool = x.new_empty((n, k, c), dtype=accumulation_dtype(x))
-    argmax = x.new_empty((n, c) if pools & 2 else 0, dtype=torch.int32)
-    return pool, argmax, pool.new_empty((n, k, w1.shape[0])), pool.new_empty((n, c))
+    return n * (k * hidden + (c + k * c if save else 0))
+
+
+def scratch_size(x: Tensor, hidden: int, pools: int, plan: ChannelPlan) -> int:
+    """Elements of ``part`` (N, J, K, H) and, where planes are divided, ``stats`` (N, S, Q, C)."""
+    n, c, _, _ = x.shape
+    stats = plan.splits * stats_count(pools) * c if plan.splits > 1 else 0
+    return n * (plan.blocks * pool_count(pools) * hidden + stats)
+
+
+def forward_counters(x: Tensor, pools: int, plan: ChannelPlan) -> Tensor:
+    """The counters and, where planes are divided, ``arg`` (N, S, C)."""
+    n, c, _, _ = x.shape
+    return counters(x, plan, n * plan.splits * c if plan.splits > 1 and pools & 2 else 0)
+
+
+def empty_saved(x: Tensor, hidden: int, pools: int) -> tuple[Tensor, Tensor]:
+    """What the gate saves for backward, empty: ``pre``, ``gate`` and ``pool`` in one; ``argmax`` (N, C) or nothing."""
+    n, c, _, _ = x.shape
+    saved = torch.empty(saved_size(x, hidden, pools, True), dtype=accumulation_dtype(x), device=x.device)
+    return saved, torch.empty((n, c) if pools & 2 else 0, dtype=torch.int32, device=x.device)
 
 
 def empty_dweights(w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

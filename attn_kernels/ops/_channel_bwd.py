@@ -25,6 +25,7 @@ from attn_kernels.ops._channel import (
     pool_flags,
     product,
     put_row,
+    saved_pointers,
     sum_parts,
 )
 from attn_kernels.ops._device import (
@@ -155,14 +156,9 @@ def gate_bwd_kernel(
     spatial_argmax_ptr,  # (N, P) or None
     w1_ptr,  # (H, C)
     w2_ptr,  # (C, H)
-    pool_ptr,  # (N, K, C)
+    saved_ptr,  # pre (N, K, H), gate (N, C), pool (N, K, C); None without a channel gate, when only dx is computed
     argmax_ptr,  # (N, C) or None
-    pre_ptr,  # (N, K, H)
-    gate_ptr,  # (N, C), or None where there is no channel gate, and nothing but dx to compute
-    dlogit_ptr,  # (N, C), written
-    dpart_ptr,  # (N, J, H), written
-    dpre_ptr,  # (N, K, H), written
-    stats_ptr,  # (N, S, C), written, or None if S = 1
+    scratch_ptr,  # dlogit (N, C), dpre (N, K, H), dpart (N, J, H), written; stats (N, S, C), written if DIVIDED
     counters_ptr,
     dx_ptr,  # (N, C, P), written
     dresidual_ptr,  # (N, C, P), written, or None
@@ -179,6 +175,7 @@ def gate_bwd_kernel(
     LSE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATE: tl.constexpr,
+    DIVIDED: tl.constexpr,
     SAMPLES: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     UNIT: tl.constexpr,
@@ -194,10 +191,18 @@ def gate_bwd_kernel(
     J = tl.cdiv(C, BLOCK_C)
     S = tl.cdiv(P, CHUNK)
     hidden_items = tl.cdiv(SAMPLES * H, BLOCK_E)
-    if gate_ptr is None:
+    if saved_ptr is None:
         second, group, item = work_item(tl.program_id(0), groups, 0, 0, J * S, 0)
         hidden_items = 0
     else:
+        pre_ptr, gate_ptr, pool_ptr = saved_pointers(saved_ptr, N, C, H, K, True)
+        n = tl.cast(N, tl.int64)
+        dlogit_ptr = scratch_ptr
+        dpre_ptr = dlogit_ptr + n * C
+        dpart_ptr = dpre_ptr + n * K * H
+        stats_ptr = None
+        if DIVIDED:
+            stats_ptr = dpart_ptr + n * J * H
         ticket = take_ticket(counters_ptr)
         second, group, item = work_item(ticket, groups, lead, J * S, hidden_items + J * S, hidden_items)
         if not second:
@@ -217,7 +222,7 @@ def gate_bwd_kernel(
         c = item // S * BLOCK_C
         o_c = c + tl.arange(0, BLOCK_C)
         m_c = o_c < C
-        if gate_ptr is not None:
+        if saved_ptr is not None:
             wait(flag(counters_ptr, groups, 1, group), hidden_items)
             if AVG:
                 b_davgs = _dpool(dpre_ptr, w1_ptr, group, 0, o_c, N, C, H, K, ACC, SAMPLES, BLOCK_H) / P
@@ -229,7 +234,7 @@ def gate_bwd_kernel(
                 b_dlses = _dpool(dpre_ptr, w1_ptr, group, AVG + MAX + LP, o_c, N, C, H, K, ACC, SAMPLES, BLOCK_H)
         for row in range(0, tl.minimum(SAMPLES, N - group * SAMPLES)):
             i_n = tl.cast(group * SAMPLES + row, tl.int64)
-            if gate_ptr is not None:
+            if saved_ptr is not None:
                 b_gate = tl.load(gate_ptr + i_n * C + o_c, mask=m_c, other=0)
                 p_pool = pool_ptr + i_n * K * C + o_c
                 if AVG:
@@ -249,7 +254,7 @@ def gate_bwd_kernel(
                     dy_ptr, mask_ptr, dresidual_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P
                 )
                 b_dx = _channel_grad(b_dx, spatial_ptr, spatial_argmax_ptr, i_n, o_c, o_p, P, ACC)
-                if gate_ptr is not None:
+                if saved_ptr is not None:
                     b_dx *= b_gate[:, None]
                     if AVG:
                         b_dx += b_davg[:, None]
@@ -266,10 +271,8 @@ def gate_bwd_kernel(
 
 @triton.jit
 def dweights_kernel(
-    dlogit_ptr,  # (N, C)
-    pre_ptr,  # (N, K, H)
-    dpre_ptr,  # (N, K, H)
-    pool_ptr,  # (N, K, C)
+    saved_ptr,  # pre (N, K, H), gate (N, C), pool (N, K, C)
+    scratch_ptr,  # dlogit (N, C), dpre (N, K, H)
     dw1_ptr,  # (H, C), written
     db1_ptr,  # (H,), written
     dw2_ptr,  # (C, H), written
@@ -284,7 +287,10 @@ def dweights_kernel(
     BLOCK_H: tl.constexpr,
 ):
     """dw2 = dlogit^T @ hidden, dw1 = dpre^T @ pool, and the biases' sums, for a block of C x H; samples in order."""
-    ACC: tl.constexpr = dlogit_ptr.dtype.element_ty
+    ACC: tl.constexpr = saved_ptr.dtype.element_ty
+    pre_ptr, _, pool_ptr = saved_pointers(saved_ptr, N, C, H, K, True)
+    dlogit_ptr = scratch_ptr
+    dpre_ptr = dlogit_ptr + tl.cast(N, tl.int64) * C
     i_c = tl.program_id(0)
     i_h = tl.program_id(1)
     o_c = (i_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
@@ -326,10 +332,8 @@ def backward(
     spatial_argmax: Tensor | None,
     w1: Tensor,
     w2: Tensor,
-    pool: Tensor,
+    saved: Tensor,
     argmax: Tensor,
-    pre: Tensor,
-    gate: Tensor,
     pools: int,
     activation: str,
     gate_name: str,
@@ -339,21 +343,18 @@ def backward(
     n, c, _, _ = x.shape
     hidden, k = w1.shape[0], pool_count(pools)
     plan = channel_plan(x, hidden)
-    dlogit, dpre = torch.empty_like(gate), torch.empty_like(pre)
-    dpart = gate.new_empty((n, plan.blocks, hidden))
-    stats = gate.new_empty((n, plan.splits, c)) if plan.splits > 1 else None
-    channel = w1, w2, pool, argmax, pre, gate, dlogit, dpart, dpre, stats, counters(x, plan)
+    stats = plan.splits * c if plan.splits > 1 else 0
+    scratch = saved.new_empty(n * (c + k * hidden + plan.blocks * hidden + stats))
+    channel = w1, w2, saved, argmax, scratch, counters(x, plan)
     dx, dresidual = launch_dx(
         dy, mask, x, spatial, spatial_argmax, need_dresidual, channel, hidden, pools, activation, gate_name
     )
     dw1, db1, dw2, db2 = empty_dweights(w1, w2)
     # fp64 operands of tl.dot take twice the shared memory.
-    block_c, block_h = (32, config.hidden_block(hidden, 32)) if gate.dtype == torch.float32 else (16, 16)
+    block_c, block_h = (32, config.hidden_block(hidden, 32)) if saved.dtype == torch.float32 else (16, 16)
     dweights_kernel[(config.cdiv(c, block_c), config.cdiv(hidden, block_h))](
-        dlogit,
-        pre,
-        dpre,
-        pool,
+        saved,
+        scratch,
         dw1,
         db1,
         dw2,
@@ -378,7 +379,7 @@ def launch_dx(
     spatial: Tensor | None,
     spatial_argmax: Tensor | None,
     need_dresidual: bool,
-    channel: tuple[Tensor | None, ...] = (None,) * 11,
+    channel: tuple[Tensor | None, ...] = (None,) * 6,
     hidden: int = 0,
     pools: int = 0,
     activation: str = "relu",
@@ -409,6 +410,7 @@ def launch_dx(
         **pool_flags(pools),
         ACTIVATION=activation,
         GATE=gate_name,
+        DIVIDED=plan.splits > 1,
         SAMPLES=plan.samples,
         BLOCK_H=plan.block_h,
         BLOCK_E=config.HIDDEN_ELEMENTS,

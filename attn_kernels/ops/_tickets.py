@@ -86,7 +86,7 @@ def split_counter(counters_ptr, groups, i):
     return counters_ptr + 1 + 3 * groups + i
 
 
-def counters(x: Tensor, plan: ChannelPlan) -> Tensor:
-    """The ticket, three flags a group, and a counter for every sum that several programs share; zeroed by a memset."""
+def counters(x: Tensor, plan: ChannelPlan, more: int = 0) -> Tensor:
+    """The ticket, three flags a group, a counter for every sum that several programs share, and ``more``: zeros."""
     sums = x.shape[0] * plan.blocks if plan.splits > 1 else 0
-    return x.new_zeros(1 + 3 * plan.groups + sums, dtype=torch.int32)
+    return torch.zeros(1 + 3 * plan.groups + sums + more, dtype=torch.int32, device=x.device)

@@ -38,7 +38,7 @@ from attn_kernels.ops._library import (
     register,
     unmask,
 )
-from attn_kernels.ops._tickets import counters, flag, signal, take_ticket, wait, work_item
+from attn_kernels.ops._tickets import flag, signal, take_ticket, wait, work_item
 from reference._common import accumulation_dtype, uses_batch_statistics
 from reference.cbam import channel_gate, spatial_gate
 
@@ -91,14 +91,10 @@ def pools_kernel(
     b1_ptr,  # (H,) or None
     w2_ptr,  # (C, H)
     b2_ptr,  # (C,) or None
-    stats_ptr,  # (N, S, Q, C), written, or None if S = 1
-    arg_ptr,  # (N, S, C), written, or None
-    pool_ptr,  # (N, K, C), written, or None
+    saved_ptr,  # pre (N, K, H), gate (N, C), pool (N, K, C), written, or None where there is no channel gate
     argmax_ptr,  # (N, C), written if MAX, or None
-    part_ptr,  # (N, J, K, H), written
-    pre_ptr,  # (N, K, H), written
-    gate_ptr,  # (N, C), written, or None where there is no channel gate
-    counters_ptr,
+    scratch_ptr,  # part (N, J, K, H), written; stats (N, S, Q, C), written if DIVIDED
+    counters_ptr,  # and arg (N, S, C), written if DIVIDED and MAX
     maps_ptr,  # (N, 2, P), written: maximum, mean
     spatial_argmax_ptr,  # (N, P), written, or None
     N,
@@ -112,6 +108,7 @@ def pools_kernel(
     MAX: tl.constexpr,
     LP: tl.constexpr,
     LSE: tl.constexpr,
+    DIVIDED: tl.constexpr,
     SAMPLES: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     UNIT: tl.constexpr,
@@ -126,7 +123,7 @@ def pools_kernel(
     C, P = aligned(C, P, UNIT, CHANNELS_LAST)
     K: tl.constexpr = AVG + MAX + LP + LSE
     blocks = tl.cdiv(P, POOL_P)
-    if gate_ptr is None:
+    if saved_ptr is None:
         pid = tl.program_id(0)
         i_n = (pid // blocks).to(tl.int64)
         _channel_pool(
@@ -136,6 +133,10 @@ def pools_kernel(
     else:
         J = tl.cdiv(C, BLOCK_C)
         S = tl.cdiv(P, CHUNK)
+        pre_ptr, gate_ptr, pool_ptr = _channel.saved_pointers(saved_ptr, N, C, H, K, True)
+        part_ptr, stats_ptr, arg_ptr = _channel.forward_pointers(
+            scratch_ptr, counters_ptr, N, C, H, J, groups, K, MAX, DIVIDED
+        )
         ticket = take_ticket(counters_ptr)
         # In the second phase the hidden layer comes first, then the gates, a block of channels an item.
         hidden_items = tl.cdiv(SAMPLES * K * H, BLOCK_E)
@@ -184,10 +185,9 @@ def _tap(q, m_q, W, H, SIGN: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.conste
 
 @triton.jit
 def conv_fwd_kernel(
-    maps_ptr,  # (N, 2, P)
+    maps_ptr,  # maximum and mean (N, 2, P); z (N, P), written; two places for scale_kernel; and (3, programs), written:
+    # count, mean and sum of squared deviations of the pixels of a program
     weight_ptr,  # (2, KERNEL, KERNEL), in either layout
-    z_ptr,  # (N, P), written
-    part_ptr,  # (3, programs), written: count, mean and sum of squared deviations of the pixels of a program
     COUNT,
     H,
     W,
@@ -198,7 +198,8 @@ def conv_fwd_kernel(
     BLOCK: tl.constexpr,
 ):
     """The convolution of two maps to one and, in the same pass, its statistics (Chan et al., 1983)."""
-    ACC: tl.constexpr = z_ptr.dtype.element_ty
+    ACC: tl.constexpr = maps_ptr.dtype.element_ty
+    z_ptr, part_ptr = maps_ptr + 2 * COUNT, maps_ptr + 3 * COUNT + 2
     pid = tl.program_id(0)
     o_t = tl.arange(0, TAPS)
     m_t = o_t < KERNEL * KERNEL
@@ -231,6 +232,15 @@ def conv_fwd_kernel(
 
 
 @triton.jit
+def _gate(saved_ptr, N, KH):
+    """Where the channel gate is in what _channel.py saves, behind ``pre``; None where there is none."""
+    if saved_ptr is None:
+        return None
+    else:
+        return saved_ptr + tl.cast(N, tl.int64) * KH
+
+
+@triton.jit
 def _spatial_gate(b_z, mean, invstd, weight_ptr, bias_ptr):
     """z normalised, and its gate."""
     b_normal = (b_z - mean) * invstd
@@ -248,10 +258,8 @@ def scale_kernel(
     residual_ptr,  # (N, C, P) or None
     y_ptr,  # (N, C, P), written
     mask_ptr,  # bits of the ReLU, written, or None
-    gate_ptr,  # (N, C) or None
-    z_ptr,  # (N, P)
-    part_ptr,  # (3, programs)
-    statistics_ptr,  # (2,), written: mean and 1 / standard deviation that BatchNorm uses
+    saved_ptr,  # with the channel gate, or None
+    maps_ptr,  # z (N, P) and the programs' statistics; written between them: mean and 1 / standard deviation
     weight_ptr,  # (1,) or None
     bias_ptr,  # (1,) or None
     running_mean_ptr,  # (1,), updated if UPDATE, or None
@@ -261,8 +269,10 @@ def scale_kernel(
     COUNT,
     momentum,
     momentum_rest,  # a float argument is fp32: what is left of a double's digits
+    N,
     C,
     P,
+    KH,
     EPS: tl.constexpr,
     BATCH_STATISTICS: tl.constexpr,
     UPDATE: tl.constexpr,
@@ -276,7 +286,9 @@ def scale_kernel(
 ):
     """y = act(x * channel gate * spatial gate + residual) for BLOCK_P pixels. Reads x (and residual), writes y."""
     C, P = aligned(C, P, UNIT, CHANNELS_LAST)
-    ACC: tl.constexpr = z_ptr.dtype.element_ty
+    ACC: tl.constexpr = maps_ptr.dtype.element_ty
+    gate_ptr = _gate(saved_ptr, N, KH)
+    z_ptr, statistics_ptr, part_ptr = maps_ptr + 2 * COUNT, maps_ptr + 3 * COUNT, maps_ptr + 3 * COUNT + 2
     pid = tl.program_id(0)
     if BATCH_STATISTICS:
         o_part = tl.arange(0, PARTS)
@@ -326,16 +338,17 @@ def dspatial_kernel(
     dy_ptr,  # (N, C, P)
     mask_ptr,  # bits of the ReLU, or None
     x_ptr,  # (N, C, P)
-    gate_ptr,  # (N, C) or None
-    z_ptr,  # (N, P)
-    statistics_ptr,  # (2,)
+    saved_ptr,  # with the channel gate, or None
+    maps_ptr,  # with z and its statistics
     weight_ptr,  # (1,) or None
     bias_ptr,  # (1,) or None
     spatial_ptr,  # (N, 3, P), its first map written: the spatial gate
     dlogit_ptr,  # (N, P), written
     part_ptr,  # (programs, 2), written: sums of dlogit and of dlogit * normalised z
+    N,
     C,
     P,
+    KH,
     CHANNELS_LAST: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -343,7 +356,9 @@ def dspatial_kernel(
 ):
     """dlogit[p] = gate' * sum_c dy * u of BLOCK_P pixels, and its sums for BatchNorm. Reads dy and x."""
     C, P = aligned(C, P, UNIT, CHANNELS_LAST)
-    ACC: tl.constexpr = z_ptr.dtype.element_ty
+    ACC: tl.constexpr = maps_ptr.dtype.element_ty
+    gate_ptr = _gate(saved_ptr, N, KH)
+    z_ptr, statistics_ptr = maps_ptr + 2 * N * P, maps_ptr + 3 * N * P
     pid = tl.program_id(0)
     blocks = tl.cdiv(P, BLOCK_P)
     i_n = (pid // blocks).to(tl.int64)
@@ -371,9 +386,7 @@ def dspatial_kernel(
 
 @triton.jit
 def conv_bwd_kernel(
-    maps_ptr,  # (N, 2, P)
-    z_ptr,  # (N, P)
-    statistics_ptr,  # (2,)
+    maps_ptr,  # with z and its statistics
     dlogit_ptr,  # (N, P)
     part_ptr,  # (programs, 2) of dspatial_kernel
     conv_weight_ptr,  # (2, KERNEL, KERNEL), in either layout
@@ -395,7 +408,8 @@ def conv_bwd_kernel(
     BLOCK: tl.constexpr,
 ):
     """Backward of BatchNorm and of the convolution, on maps."""
-    ACC: tl.constexpr = z_ptr.dtype.element_ty
+    ACC: tl.constexpr = maps_ptr.dtype.element_ty
+    z_ptr, statistics_ptr = maps_ptr + 2 * COUNT, maps_ptr + 3 * COUNT
     pid = tl.program_id(0)
     b_sum = tl.zeros([1024], ACC)
     b_dot = tl.zeros([1024], ACC)
@@ -481,20 +495,21 @@ def _forward(
     save: bool,
 ) -> tuple[Tensor, ...]:
     n, c, h, w = x.shape
-    maps = x.new_empty((n, 2, h, w), dtype=accumulation_dtype(x))
-    spatial_argmax = x.new_empty((n, h, w), dtype=torch.int32)
     hidden = 0 if w1 is None else w1.shape[0]
     plan, tile = channel_plan(x, hidden), pixel_tile(x)
     grid = (n * config.cdiv(h * w, tile.block_p),)
+    maps, spatial_argmax = _empty_maps(x)
     if w1 is None:
-        pool = argmax = pre = gate = stats = arg = part = tickets = None
+        saved = argmax = scratch = tickets = None
         programs = grid
     else:
-        pool, argmax, pre, gate = _channel.empty_saved(x, w1, pools)
-        stats, arg = _channel.empty_stats(x, plan, pools)
-        part, tickets = pool.new_empty((n, plan.blocks, pool.shape[1], hidden)), counters(x, plan)
-        second = plan.hidden_items(pool.shape[1] * hidden) + plan.blocks
-        second += plan.samples * config.cdiv(h * w, tile.block_p)
+        saved, argmax = _channel.empty_saved(x, hidden, pools)
+        scratch = torch.empty(
+            _channel.scratch_size(x, hidden, pools, plan), dtype=accumulation_dtype(x), device=x.device
+        )
+        tickets = _channel.forward_counters(x, pools, plan)
+        second = plan.hidden_items(_channel.pool_count(pools) * hidden) + plan.blocks
+        second += plan.samples * grid[0] // n
         programs = (plan.groups * (plan.items + second),)
     pools_kernel[programs](
         x,
@@ -502,13 +517,9 @@ def _forward(
         b1,
         w2,
         b2,
-        stats,
-        arg,
-        pool if save else None,
-        argmax if save else None,
-        part,
-        pre,
-        gate,
+        saved,
+        argmax,
+        scratch,
         tickets,
         maps,
         spatial_argmax if save else None,
@@ -520,6 +531,7 @@ def _forward(
         hidden,
         plan.chunk,
         **_channel.pool_flags(pools),
+        DIVIDED=plan.splits > 1,
         SAMPLES=plan.samples,
         BLOCK_H=plan.block_h,
         BLOCK_E=config.HIDDEN_ELEMENTS,
@@ -530,8 +542,7 @@ def _forward(
         maxnreg=128,
     )
     conv, block, programs = _conv_tile(x, conv_weight)
-    z, parts, statistics = maps.new_empty((n, h, w)), maps.new_empty((3, programs)), maps.new_empty(2)
-    conv_fwd_kernel[(programs,)](maps, conv_weight, z, parts, n * h * w, h, w, **conv, BLOCK=block, num_warps=8)
+    conv_fwd_kernel[(programs,)](maps, conv_weight, n * h * w, h, w, **conv, BLOCK=block, num_warps=8)
     y, mask = torch.empty_like(x), empty_mask(x, relu and save)
     momentum_high = 0.0 if momentum is None else _float32(momentum)
     scale_kernel[grid](
@@ -539,10 +550,8 @@ def _forward(
         residual,
         y,
         mask if relu and save else None,
-        gate,
-        z,
-        parts,
-        statistics,
+        saved,
+        maps,
         weight,
         bias,
         running_mean,
@@ -552,8 +561,10 @@ def _forward(
         n * h * w,
         momentum_high,
         0.0 if momentum is None else momentum - momentum_high,
+        n,
         c,
         h * w,
+        _channel.pool_count(pools) * hidden,
         EPS=eps,
         BATCH_STATISTICS=batch_statistics,
         UPDATE=update,
@@ -565,8 +576,17 @@ def _forward(
     if update:
         buffers = [t for t in (running_mean, running_var, batches) if t is not None]
         torch.autograd.graph.increment_version(buffers)
-    channel = (pool, argmax, pre, gate) if gate is not None else [maps.new_empty(0) for _ in range(4)]
-    return y, *channel, maps, spatial_argmax, z, statistics, mask
+    if saved is None:
+        saved, argmax = maps.new_empty(0), maps.new_empty(0, dtype=torch.int32)
+    return y, saved, argmax, maps, spatial_argmax, mask
+
+
+def _empty_maps(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Maximum, mean and z, a map a sample each, z's statistics and those of the programs, in one; and the argmax."""
+    n, _, h, w = x.shape
+    size = 3 * n * h * w + 2 + 3 * CONV_PROGRAMS
+    maps = torch.empty(size, dtype=accumulation_dtype(x), device=x.device)
+    return maps, torch.empty((n, h, w), dtype=torch.int32, device=x.device)
 
 
 def _float32(value: float) -> float:
@@ -594,15 +614,11 @@ def _forward_fake(
     relu,
     save,
 ):
-    n, _, h, w = x.shape
-    maps = x.new_empty((n, 2, h, w), dtype=accumulation_dtype(x))
     if w1 is None:
-        channel = tuple(maps.new_empty(0) for _ in range(4))
+        channel = x.new_empty(0, dtype=accumulation_dtype(x)), x.new_empty(0, dtype=torch.int32)
     else:
-        channel = _channel.empty_saved(x, w1, pools)
-    spatial_argmax = x.new_empty((n, h, w), dtype=torch.int32)
-    z, statistics = maps.new_empty((n, h, w)), maps.new_empty(2)
-    return torch.empty_like(x), *channel, maps, spatial_argmax, z, statistics, empty_mask(x, relu and save)
+        channel = _channel.empty_saved(x, w1.shape[0], pools)
+    return torch.empty_like(x), *channel, *_empty_maps(x), empty_mask(x, relu and save)
 
 
 def _backward(
@@ -613,14 +629,10 @@ def _backward(
     conv_weight: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    pool: Tensor,
+    saved: Tensor,
     argmax: Tensor,
-    pre: Tensor,
-    gate: Tensor,
     maps: Tensor,
     spatial_argmax: Tensor,
-    z: Tensor,
-    statistics: Tensor,
     mask: Tensor,
     pools: int,
     batch_statistics: bool,
@@ -631,31 +643,30 @@ def _backward(
     dy, mask = like(dy, x), mask if relu else None
     tile = pixel_tile(x)
     pixel_programs = n * config.cdiv(h * w, tile.block_p)
-    spatial, dlogit = z.new_empty((n, 3, h, w)), torch.empty_like(z)
-    parts = z.new_empty((pixel_programs, 2))
+    spatial, dlogit = maps.new_empty((n, 3, h, w)), maps.new_empty((n, h, w))
+    parts = maps.new_empty((pixel_programs, 2))
     dspatial_kernel[(pixel_programs,)](
         dy,
         mask,
         x,
-        None if w1 is None else gate,
-        z,
-        statistics,
+        None if w1 is None else saved,
+        maps,
         weight,
         bias,
         spatial,
         dlogit,
         parts,
+        n,
         c,
         h * w,
+        0 if w1 is None else _channel.pool_count(pools) * w1.shape[0],
         **tile_options(x, tile),
     )
     conv, block, programs = _conv_tile(x, conv_weight)
-    dconv = z.new_empty((programs, *conv_weight.shape))
-    dweight, dbias = z.new_empty(1), z.new_empty(1)
+    dconv = maps.new_empty((programs, *conv_weight.shape))
+    dweight, dbias = maps.new_empty(1), maps.new_empty(1)
     conv_bwd_kernel[(programs,)](
         maps,
-        z,
-        statistics,
         dlogit,
         parts,
         conv_weight,
@@ -686,10 +697,8 @@ def _backward(
             spatial_argmax,
             w1,
             w2,
-            pool,
+            saved,
             argmax,
-            pre,
-            gate,
             pools,
             "relu",
             "sigmoid",
@@ -707,14 +716,10 @@ def _backward_fake(
     conv_weight,
     weight,
     bias,
-    pool,
+    saved,
     argmax,
-    pre,
-    gate,
     maps,
     spatial_argmax,
-    z,
-    statistics,
     mask,
     pools,
     batch_statistics,
@@ -726,22 +731,22 @@ def _backward_fake(
     else:
         channel = _channel.empty_dweights(w1, w2)
     dresidual = torch.empty_like(x) if need_dresidual else x.new_empty(0)
-    dconv = z.new_empty(conv_weight.shape)
-    return torch.empty_like(x), dresidual, *channel, dconv, z.new_empty(1), z.new_empty(1)
+    dconv = maps.new_empty(conv_weight.shape)
+    return torch.empty_like(x), dresidual, *channel, dconv, maps.new_empty(1), maps.new_empty(1)
 
 
 forward_op = register(
     "cbam(Tensor x, Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor conv_weight, Tensor? weight, Tensor? bias, "
     "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? batches, Tensor? residual, int pools, "
     "bool batch_statistics, bool update, float? momentum, float eps, bool relu, bool save) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
 backward_op = register(
     "cbam_backward(Tensor dy, Tensor x, Tensor? w1, Tensor? w2, Tensor conv_weight, Tensor? weight, Tensor? bias, "
-    "Tensor pool, Tensor argmax, Tensor pre, Tensor gate, Tensor maps, Tensor spatial_argmax, Tensor z, "
-    "Tensor statistics, Tensor mask, int pools, bool batch_statistics, bool relu, bool need_dresidual) "
+    "Tensor saved, Tensor argmax, Tensor maps, Tensor spatial_argmax, Tensor mask, int pools, "
+    "bool batch_statistics, bool relu, bool need_dresidual) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
@@ -770,7 +775,8 @@ class _CBAM(torch.autograd.Function):
         need_dresidual = ctx.needs_input_grad[8]
         if torch.is_grad_enabled():
             dy = unmask(dy, saved[-1], x) if ctx.relu else dy
-            formula = _formula(ctx.pool_types, ctx.batch_statistics, ctx.eps, saved[-2])
+            count = 3 * x.shape[0] * x.shape[2] * x.shape[3]
+            formula = _formula(ctx.pool_types, ctx.batch_statistics, ctx.eps, saved[2][count : count + 2])
             inputs = (x, w1, b1, w2, b2, conv_weight, weight, bias)
             return *reference_gradients(formula, inputs, (dy,)), dy if need_dresidual else None, *no_options
         dx, dresidual, dw1, db1, dw2, db2, dconv, dweight, dbias = backward_op(

@@ -22,12 +22,17 @@ from attn_kernels.ops import _config as config
 from attn_kernels.ops._channel import (
     empty_dweights,
     empty_saved,
-    empty_stats,
     excite,
+    forward_counters,
+    forward_pointers,
     get_row,
     hidden_layer,
     pool_bits,
+    pool_count,
     pool_flags,
+    saved_pointers,
+    saved_size,
+    scratch_size,
     squeeze,
 )
 from attn_kernels.ops._channel_bwd import backward
@@ -42,7 +47,8 @@ from attn_kernels.ops._library import (
     register,
     unmask,
 )
-from attn_kernels.ops._tickets import counters, flag, signal, take_ticket, wait, work_item
+from attn_kernels.ops._tickets import flag, signal, take_ticket, wait, work_item
+from reference._common import accumulation_dtype
 from reference.cbam import POOLS
 from reference.se import GATES, mlp
 
@@ -57,14 +63,10 @@ def channel_gate_kernel(
     b1_ptr,  # (H,) or None
     w2_ptr,  # (C, H)
     b2_ptr,  # (C,) or None
-    stats_ptr,  # (N, S, Q, C), written, or None if S = 1
-    arg_ptr,  # (N, S, C), written, or None
-    pool_ptr,  # (N, K, C), written, or None
+    saved_ptr,  # pre (N, K, H), written; gate (N, C) and pool (N, K, C), written if SAVE
     argmax_ptr,  # (N, C), written if MAX, or None
-    part_ptr,  # (N, J, K, H), written
-    pre_ptr,  # (N, K, H), written
-    gate_ptr,  # (N, C), written, or None
-    counters_ptr,
+    scratch_ptr,  # part (N, J, K, H), written; stats (N, S, Q, C), written if DIVIDED
+    counters_ptr,  # and arg (N, S, C), written if DIVIDED and MAX
     N,
     groups,
     lead,
@@ -79,6 +81,8 @@ def channel_gate_kernel(
     ACTIVATION: tl.constexpr,
     GATE: tl.constexpr,
     RELU: tl.constexpr,
+    SAVE: tl.constexpr,
+    DIVIDED: tl.constexpr,
     SAMPLES: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     UNIT: tl.constexpr,
@@ -92,6 +96,8 @@ def channel_gate_kernel(
     K: tl.constexpr = AVG + MAX + LP + LSE
     J = tl.cdiv(C, BLOCK_C)
     S = tl.cdiv(P, CHUNK)
+    pre_ptr, gate_ptr, pool_ptr = saved_pointers(saved_ptr, N, C, H, K, SAVE)
+    part_ptr, stats_ptr, arg_ptr = forward_pointers(scratch_ptr, counters_ptr, N, C, H, J, groups, K, MAX, DIVIDED)
     hidden_items = tl.cdiv(SAMPLES * K * H, BLOCK_E)
     ticket = take_ticket(counters_ptr)
     second, group, item = work_item(ticket, groups, lead, J * S, hidden_items + J * S, hidden_items)
@@ -124,7 +130,7 @@ def channel_gate_kernel(
                 store_tail(b_y, y_ptr, residual_ptr, mask_ptr, i_n, c, p, C, P, RELU, CHANNELS_LAST, BLOCK_C, BLOCK_P)
 
 
-def _forward(
+def _launch_forward(
     x: Tensor,
     w1: Tensor,
     b1: Tensor | None,
@@ -135,30 +141,32 @@ def _forward(
     activation: str,
     gate_name: str,
     relu: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    saved: Tensor | None,
+    argmax: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
     n, c, h, w = x.shape
     hidden = w1.shape[0]
     plan = channel_plan(x, hidden)
-    y, mask = torch.empty_like(x), empty_mask(x, relu and save)
-    pool, argmax, pre, gate = empty_saved(x, w1, pools)
-    middle = plan.hidden_items(pool.shape[1] * hidden)
+    y = torch.empty_like(x)
+    save = saved is not None
+    size = scratch_size(x, hidden, pools, plan)
+    more = 0 if save else saved_size(x, hidden, pools, False)
+    scratch = torch.empty(size + more, dtype=accumulation_dtype(x), device=x.device)
+    middle = plan.hidden_items(pool_count(pools) * hidden)
     channel_gate_kernel[(plan.groups * (2 * plan.items + middle),)](
         x,
         residual,
         y,
-        mask if relu and save else None,
+        mask,
         w1,
         b1,
         w2,
         b2,
-        *empty_stats(x, plan, pools),
-        pool if save else None,
-        argmax if save else None,
-        pool.new_empty((n, plan.blocks, pool.shape[1], hidden)),
-        pre,
-        gate if save else None,
-        counters(x, plan),
+        saved if save else scratch[size:],
+        argmax,
+        scratch,
+        forward_counters(x, pools, plan),
         n,
         plan.groups,
         plan.lead,
@@ -170,17 +178,36 @@ def _forward(
         ACTIVATION=activation,
         GATE=gate_name,
         RELU=relu,
+        SAVE=save,
+        DIVIDED=plan.splits > 1,
         SAMPLES=plan.samples,
         BLOCK_H=plan.block_h,
         BLOCK_E=config.HIDDEN_ELEMENTS,
         **tile_options(x, plan.tile),
         maxnreg=128,
     )
-    return y, pool, argmax, pre, gate, mask
+    return y
 
 
-def _forward_fake(x, w1, b1, w2, b2, residual, pools, activation, gate_name, relu, save):
-    return torch.empty_like(x), *empty_saved(x, w1, pools), empty_mask(x, relu and save)
+def _inference(x, w1, b1, w2, b2, residual, pools, activation, gate_name, relu):
+    return _launch_forward(x, w1, b1, w2, b2, residual, pools, activation, gate_name, relu, None, None, None)
+
+
+def _inference_fake(x, *_):
+    return torch.empty_like(x)
+
+
+def _forward(x, w1, b1, w2, b2, residual, pools, activation, gate_name, relu):
+    saved, argmax = empty_saved(x, w1.shape[0], pools)
+    mask = empty_mask(x, relu)
+    y = _launch_forward(
+        x, w1, b1, w2, b2, residual, pools, activation, gate_name, relu, saved, argmax, mask if relu else None
+    )
+    return y, saved, argmax, mask
+
+
+def _forward_fake(x, w1, b1, w2, b2, residual, pools, activation, gate_name, relu):
+    return torch.empty_like(x), *empty_saved(x, w1.shape[0], pools), empty_mask(x, relu)
 
 
 def _backward(
@@ -188,10 +215,8 @@ def _backward(
     x: Tensor,
     w1: Tensor,
     w2: Tensor,
-    pool: Tensor,
+    saved: Tensor,
     argmax: Tensor,
-    pre: Tensor,
-    gate: Tensor,
     mask: Tensor,
     pools: int,
     activation: str,
@@ -199,40 +224,26 @@ def _backward(
     relu: bool,
     need_dresidual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dx, dresidual, *dweights = backward(
-        like(dy, x),
-        mask if relu else None,
-        x,
-        None,
-        None,
-        w1,
-        w2,
-        pool,
-        argmax,
-        pre,
-        gate,
-        pools,
-        activation,
-        gate_name,
-        need_dresidual,
-    )
+    mask = mask if relu else None
+    gate = w1, w2, saved, argmax, pools, activation, gate_name
+    dx, dresidual, *dweights = backward(like(dy, x), mask, x, None, None, *gate, need_dresidual)
     return dx, x.new_empty(0) if dresidual is None else dresidual, *dweights
 
 
-def _backward_fake(dy, x, w1, w2, pool, argmax, pre, gate, mask, pools, activation, gate_name, relu, need_dresidual):
+def _backward_fake(dy, x, w1, w2, saved, argmax, mask, pools, activation, gate_name, relu, need_dresidual):
     dresidual = torch.empty_like(x) if need_dresidual else x.new_empty(0)
     return torch.empty_like(x), dresidual, *empty_dweights(w1, w2)
 
 
-forward_op = register(
-    "channel_gate(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? residual, int pools, str activation, "
-    "str gate, bool relu, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_fake,
+_ARGUMENTS = (
+    "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? residual, int pools, str activation, str gate, "
+    "bool relu)"
 )
+inference_op = register(f"channel_gate{_ARGUMENTS} -> Tensor", _inference, _inference_fake)
+forward_op = register(f"channel_gate_forward{_ARGUMENTS} -> (Tensor, Tensor, Tensor, Tensor)", _forward, _forward_fake)
 backward_op = register(
-    "channel_gate_backward(Tensor dy, Tensor x, Tensor w1, Tensor w2, Tensor pool, Tensor argmax, Tensor pre, "
-    "Tensor gate, Tensor mask, int pools, str activation, str gate_name, bool relu, bool need_dresidual) "
+    "channel_gate_backward(Tensor dy, Tensor x, Tensor w1, Tensor w2, Tensor saved, Tensor argmax, Tensor mask, "
+    "int pools, str activation, str gate_name, bool relu, bool need_dresidual) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
@@ -243,14 +254,14 @@ class _ChannelGate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w1, b1, w2, b2, residual, pool_types, activation, gate_name, relu):
         options = pool_bits(pool_types), activation, gate_name, relu
-        y, *saved = forward_op(x, w1, b1, w2, b2, residual, *options, True)
+        y, *saved = forward_op(x, w1, b1, w2, b2, residual, *options)
         ctx.save_for_backward(x, w1, b1, w2, b2, *saved)
         ctx.pool_types, ctx.options = pool_types, options
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, w1, b1, w2, b2, pool, argmax, pre, gate, mask = ctx.saved_tensors
+        x, w1, b1, w2, b2, saved, argmax, mask = ctx.saved_tensors
         _, activation, gate_name, relu = ctx.options
         need_dresidual = ctx.needs_input_grad[5]
         if torch.is_grad_enabled():
@@ -263,7 +274,7 @@ class _ChannelGate(torch.autograd.Function):
             gradients = reference_gradients(formula, (x, w1, b1, w2, b2), (dy,))
             return *gradients, dy if need_dresidual else None, None, None, None, None
         dx, dresidual, dw1, db1, dw2, db2 = backward_op(
-            dy, x, w1, w2, pool, argmax, pre, gate, mask, *ctx.options, relu and need_dresidual
+            dy, x, w1, w2, saved, argmax, mask, *ctx.options, relu and need_dresidual
         )
         return (
             dx,
@@ -296,4 +307,4 @@ def channel_gate(
     if needs_grad(x, w1, b1, w2, b2, residual):
         return _ChannelGate.apply(x, w1, b1, w2, b2, residual, tuple(pool_types), mlp_activation, gate, relu)
     pools = pool_bits(pool_types)
-    return forward_op(x, w1, b1, w2, b2, residual, pools, mlp_activation, gate, relu, False)[0]
+    return inference_op(x, w1, b1, w2, b2, residual, pools, mlp_activation, gate, relu)

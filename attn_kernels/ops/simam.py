@@ -56,8 +56,7 @@ def simam_fwd_kernel(
     residual_ptr,  # (N, C, P) or None
     y_ptr,  # (N, C, P), written
     mask_ptr,  # bits of the ReLU, written, or None
-    mean_ptr,  # (N, C), written, or None
-    q_ptr,  # (N, C), written, or None
+    saved_ptr,  # (N, 2, C), written, or None: mean and q
     C,
     P,
     LAMBDA: tl.constexpr,
@@ -88,9 +87,9 @@ def simam_fwd_kernel(
             b_tile = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
             b_mean, b_m2 = _merge_moments(b_mean, b_m2, b_tile, p, P, BLOCK_P)
     b_q = 1 / (4 * (b_m2 / n + LAMBDA))
-    if mean_ptr is not None:
-        tl.store(mean_ptr + i_n * C + o_c, b_mean, mask=m_c)
-        tl.store(q_ptr + i_n * C + o_c, b_q, mask=m_c)
+    if saved_ptr is not None:
+        tl.store(saved_ptr + i_n * 2 * C + o_c, b_mean, mask=m_c)
+        tl.store(saved_ptr + (i_n * 2 + 1) * C + o_c, b_q, mask=m_c)
 
     if WHOLE:
         b_y = _gated(b_x, b_mean, b_q)
@@ -130,8 +129,7 @@ def simam_bwd_kernel(
     dy_ptr,  # (N, C, P)
     mask_ptr,  # bits of the ReLU, or None
     x_ptr,  # (N, C, P)
-    mean_ptr,  # (N, C)
-    q_ptr,  # (N, C)
+    saved_ptr,  # (N, 2, C): mean and q
     dx_ptr,  # (N, C, P), written
     dresidual_ptr,  # (N, C, P), written, or None
     C,
@@ -144,14 +142,14 @@ def simam_bwd_kernel(
 ):
     """dx of BLOCK_C planes. Reads dy and x once if the planes fit the tile (WHOLE), else twice; writes dx."""
     C, P = aligned(C, P, UNIT, CHANNELS_LAST)
-    ACC: tl.constexpr = mean_ptr.dtype.element_ty
+    ACC: tl.constexpr = saved_ptr.dtype.element_ty
     blocks = tl.cdiv(C, BLOCK_C)
     i_n = (tl.program_id(0) // blocks).to(tl.int64)
     c = tl.program_id(0) % blocks * BLOCK_C
     o_c = c + tl.arange(0, BLOCK_C)
     m_c = o_c < C
-    b_mean = tl.load(mean_ptr + i_n * C + o_c, mask=m_c, other=0)
-    b_q = tl.load(q_ptr + i_n * C + o_c, mask=m_c, other=0)
+    b_mean = tl.load(saved_ptr + i_n * 2 * C + o_c, mask=m_c, other=0)
+    b_q = tl.load(saved_ptr + (i_n * 2 + 1) * C + o_c, mask=m_c, other=0)
 
     if WHOLE:
         b_dy = load_tail_grad(dy_ptr, mask_ptr, dresidual_ptr, i_n, c, 0, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
@@ -181,21 +179,18 @@ def simam_bwd_kernel(
             store_tile(b_dx, dx_ptr, i_n, c, p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
 
 
-def _forward(
-    x: Tensor, residual: Tensor | None, e_lambda: float, relu: bool, save: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _launch_forward(
+    x: Tensor, residual: Tensor | None, e_lambda: float, relu: bool, saved: Tensor | None, mask: Tensor | None
+) -> Tensor:
     n, c, h, w = x.shape
     tile = whole_plane_tile(x)
-    y, mask = torch.empty_like(x), empty_mask(x, relu and save)
-    mean = x.new_empty((n, c), dtype=accumulation_dtype(x))
-    q = torch.empty_like(mean)
+    y = torch.empty_like(x)
     simam_fwd_kernel[(n * config.cdiv(c, tile.block_c),)](
         x,
         residual,
         y,
-        mask if relu and save else None,
-        mean if save else None,
-        q if save else None,
+        mask,
+        saved,
         c,
         h * w,
         LAMBDA=e_lambda,
@@ -203,16 +198,34 @@ def _forward(
         WHOLE=tile.block_p >= h * w,
         **tile_options(x, tile),
     )
-    return y, mean, q, mask
+    return y
 
 
-def _forward_fake(x, residual, e_lambda, relu, save):
-    mean = x.new_empty(x.shape[:2], dtype=accumulation_dtype(x))
-    return torch.empty_like(x), mean, torch.empty_like(mean), empty_mask(x, relu and save)
+def _inference(x: Tensor, residual: Tensor | None, e_lambda: float, relu: bool) -> Tensor:
+    return _launch_forward(x, residual, e_lambda, relu, None, None)
+
+
+def _inference_fake(x, residual, e_lambda, relu):
+    return torch.empty_like(x)
+
+
+def _forward(x: Tensor, residual: Tensor | None, e_lambda: float, relu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    saved, mask = _empty_saved(x), empty_mask(x, relu)
+    y = _launch_forward(x, residual, e_lambda, relu, saved, mask if relu else None)
+    return y, saved, mask
+
+
+def _empty_saved(x: Tensor) -> Tensor:
+    n, c, _, _ = x.shape
+    return torch.empty((n, 2, c), dtype=accumulation_dtype(x), device=x.device)
+
+
+def _forward_fake(x, residual, e_lambda, relu):
+    return torch.empty_like(x), _empty_saved(x), empty_mask(x, relu)
 
 
 def _backward(
-    dy: Tensor, x: Tensor, mean: Tensor, q: Tensor, mask: Tensor, relu: bool, need_dresidual: bool
+    dy: Tensor, x: Tensor, saved: Tensor, mask: Tensor, relu: bool, need_dresidual: bool
 ) -> tuple[Tensor, Tensor]:
     n, c, h, w = x.shape
     tile = whole_plane_tile(x)
@@ -222,8 +235,7 @@ def _backward(
         like(dy, x),
         mask if relu else None,
         x,
-        mean,
-        q,
+        saved,
         dx,
         dresidual,
         c,
@@ -234,17 +246,20 @@ def _backward(
     return dx, x.new_empty(0) if dresidual is None else dresidual
 
 
-def _backward_fake(dy, x, mean, q, mask, relu, need_dresidual):
+def _backward_fake(dy, x, saved, mask, relu, need_dresidual):
     return torch.empty_like(x), torch.empty_like(x) if need_dresidual else x.new_empty(0)
 
 
+inference_op = register(
+    "simam(Tensor x, Tensor? residual, float e_lambda, bool relu) -> Tensor", _inference, _inference_fake
+)
 forward_op = register(
-    "simam(Tensor x, Tensor? residual, float e_lambda, bool relu, bool save) -> (Tensor, Tensor, Tensor, Tensor)",
+    "simam_forward(Tensor x, Tensor? residual, float e_lambda, bool relu) -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
 backward_op = register(
-    "simam_backward(Tensor dy, Tensor x, Tensor mean, Tensor q, Tensor mask, bool relu, bool need_dresidual) "
+    "simam_backward(Tensor dy, Tensor x, Tensor saved, Tensor mask, bool relu, bool need_dresidual) "
     "-> (Tensor, Tensor)",
     _backward,
     _backward_fake,
@@ -254,20 +269,20 @@ backward_op = register(
 class _SimAM(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, e_lambda, relu):
-        y, *saved = forward_op(x, residual, e_lambda, relu, True)
-        ctx.save_for_backward(x, *saved)
+        y, saved, mask = forward_op(x, residual, e_lambda, relu)
+        ctx.save_for_backward(x, saved, mask)
         ctx.e_lambda, ctx.relu = e_lambda, relu
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, mean, q, mask = ctx.saved_tensors
+        x, saved, mask = ctx.saved_tensors
         need_dresidual = ctx.needs_input_grad[1]
         if torch.is_grad_enabled():
             dy = unmask(dy, mask, x) if ctx.relu else dy
             (dx,) = reference_gradients(lambda x: formula(x, ctx.e_lambda), (x,), (dy,))
             return dx, dy if need_dresidual else None, None, None
-        dx, dresidual = backward_op(dy, x, mean, q, mask, ctx.relu, ctx.relu and need_dresidual)
+        dx, dresidual = backward_op(dy, x, saved, mask, ctx.relu, ctx.relu and need_dresidual)
         return dx, (dresidual if ctx.relu else dy) if need_dresidual else None, None, None
 
 
@@ -275,4 +290,4 @@ def simam(x: Tensor, residual: Tensor | None, e_lambda: float, relu: bool) -> Te
     """The fused operator, differentiable; ``x`` and ``residual`` (N, C, H, W), dense in the same layout."""
     if needs_grad(x, residual):
         return _SimAM.apply(x, residual, float(e_lambda), relu)
-    return forward_op(x, residual, float(e_lambda), relu, False)[0]
+    return inference_op(x, residual, float(e_lambda), relu)
