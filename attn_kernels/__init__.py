@@ -1,8 +1,21 @@
 """Fused Triton kernels for the attention modules of convolutional networks: SE, BAM, CBAM and SimAM."""
 
 from attn_kernels import functional, models
+from attn_kernels.fuse import FuseReport, fuse_, register_adapter
 from attn_kernels.modules import BAM, CBAM, SE, ChannelGate, SimAM, SpatialGate
 
-__all__ = ["BAM", "CBAM", "SE", "ChannelGate", "SimAM", "SpatialGate", "functional", "models"]
+__all__ = [
+    "BAM",
+    "CBAM",
+    "SE",
+    "ChannelGate",
+    "FuseReport",
+    "SimAM",
+    "SpatialGate",
+    "functional",
+    "fuse_",
+    "models",
+    "register_adapter",
+]
 
 __version__ = "0.1.0"

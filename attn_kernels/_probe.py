@@ -1,0 +1,77 @@
+"""Whether a module computes what its plan says: the module's own forward beside the plan's, on small random numbers."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+import reference
+from attn_kernels.plans import BAMPlan, Plan
+from reference._common import DTYPES
+
+SQUARE, OBLONG = (2, 4, 4), (3, 3, 5)  # N, H, W
+TOLERANCE = 1e-9
+
+
+def verify(module: nn.Module, plan: Plan) -> tuple[Plan | None, str]:
+    """The plan that the module keeps to, on square maps alone if need be; else None and what speaks against it."""
+    try:
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(devices=[]),
+            torch.device("cpu"),
+            torch.autocast("cpu", enabled=False),
+        ):
+            torch.manual_seed(0)
+            twin = _random_twin(module)
+            error = _error(twin, plan, OBLONG)
+            if error > TOLERANCE and isinstance(plan, BAMPlan):
+                plan = replace(plan, square=True)
+                error = _error(twin, plan, SQUARE)
+    except Exception as failure:  # of the module's forward, of whatever kind
+        return None, f"could not be checked: {type(failure).__name__}: {' '.join(str(failure).split())[:120]}"
+    if error <= TOLERANCE:
+        return plan, ""
+    return None, f"computes something else than {plan.kind} (off by {error:.1e})"
+
+
+def _error(twin: nn.Module, plan: Plan, size: tuple[int, int, int]) -> float:
+    n, h, w = size
+    x = torch.randn(n, plan.channels(twin), h, w, dtype=torch.float64) + 0.2
+    if getattr(plan, "nhwc", False):
+        x = x.permute(0, 2, 3, 1).contiguous()
+    want = plan.compute(twin, x.clone(), None, None, reference)
+    try:
+        got = twin(x.clone())
+    except (RuntimeError, ValueError):
+        if not isinstance(plan, BAMPlan) or h == w:
+            raise
+        return torch.inf
+    return (got - want).abs().max().item() if isinstance(got, Tensor) and got.shape == want.shape else torch.inf
+
+
+def _random_twin(module: nn.Module) -> nn.Module:
+    """The module in float64 on the CPU, in eval mode and without hooks, its parameters random: nothing is read of them."""
+    twin = type(module).__new__(type(module))
+    twin.__dict__ = {k: OrderedDict() if "hooks" in k and isinstance(v, dict) else v for k, v in module.__dict__.items()}
+    twin.__dict__["training"] = False
+    twin.__dict__["_modules"] = {k: m if m is None else _random_twin(m) for k, m in module._modules.items()}
+    twin.__dict__["_parameters"] = {k: _random(p) for k, p in module._parameters.items()}
+    twin.__dict__["_buffers"] = {k: _buffer(k, b) for k, b in module._buffers.items()}
+    return twin
+
+
+def _random(p: Tensor | None) -> nn.Parameter | None:
+    # Gates that neither saturate nor stand still, whatever the initialisation: zero in some networks.
+    return None if p is None else nn.Parameter(torch.randn(p.shape, dtype=torch.float64) / max(p[0].numel(), 4) ** 0.5)
+
+
+def _buffer(name: str, b: Tensor | None) -> Tensor | None:
+    if b is None or b.dtype not in DTYPES:
+        return b if b is None or not b.is_meta else torch.zeros(b.shape, dtype=b.dtype)
+    if name == "running_var" or b.is_meta:
+        return torch.rand(b.shape, dtype=torch.float64) + 0.5
+    return b.detach().to("cpu", torch.float64, copy=True)
