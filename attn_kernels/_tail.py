@@ -72,13 +72,13 @@ class _UnpickledBlock:
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self.__class__ = self._original
+        original = self.__class__ = self._original
         try:
             tail = None if self.__dict__.get("_stale") else find_tail(self)
         except Unsupported:
             return
         if tail is not None:
-            self.__class__ = block_class(self._original, tail)
+            self.__class__ = block_class(original, tail)
 
 
 def _rebuild(original: type[nn.Module]) -> nn.Module:

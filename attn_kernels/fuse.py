@@ -176,22 +176,24 @@ class _Fuser:
         if isinstance(module, (FusedModule, _FusedSEBlock, *OURS)):
             return None, row._replace(reason="already fused")
         try:
+            plan = None
             if cls in _OF_REFERENCE:
                 row, fused = row._replace(kind=_KINDS[cls.__name__]), _OF_REFERENCE[cls]
             elif isinstance(module, reference.models._Block) and module.attention == "se":
-                row, fused = row._replace(kind="SE", tail=TAIL), _se_block_class(cls)
                 if module.se is functional.se:
-                    return None, row._replace(tail="", reason="already fused")
+                    return None, row._replace(kind="SE", reason="already fused")
+                row, fused = row._replace(kind="SE", tail=TAIL), _se_block_class(cls)
             else:
                 plan = find_plan(module)
                 if plan is None:
                     return None
                 row = row._replace(kind=plan.kind)
-                fused = fused_class(cls, self.verified(module, plan))
             if self.filter_fn is not None and not self.filter_fn(module, name):
                 raise Unsupported("filter_fn")
             if "forward" in module.__dict__:
                 raise Unsupported("its forward was replaced on the instance")
+            if plan is not None:
+                fused = fused_class(cls, self.verified(module, plan))
         except Unsupported as reason:
             return None, row._replace(tail="", reason=str(reason))
         return seen_as(module, fused), row._replace(fused=True)

@@ -159,7 +159,7 @@ class TestModules:
         module = fused(BUILD[name]().to(device).eval())
         if name.startswith("reference"):
             return  # modules of attn_kernels, which bound the functional forms at import
-        module(tensor(2, C, C, C).to(device))
+        module(tensor(*((2, 5, 5, C) if "Cl" in name else (2, C, 5, 5))).to(device))
         assert len(calls) == 1
 
     @pytest.mark.parametrize("name", BUILD)
@@ -181,7 +181,7 @@ class TestModules:
     @pytest.mark.parametrize("name", BUILD)
     def test_pickle_and_deepcopy(self, name, device):
         ours = fused(randomized(BUILD[name]()).to(device).eval())
-        x = tensor(2, C, C, C).to(device)
+        x = tensor(*((2, 5, 5, C) if "Cl" in name else (2, C, 5, 5))).to(device)
         file = io.BytesIO()
         torch.save(ours, file)
         file.seek(0)
@@ -315,14 +315,14 @@ class TestFallback:
         for module in pair:
             torch.manual_seed(1)
             if change == "child":
-                module.fc1 = Adapted(C, 4, 1).to(device)
+                module.fc1 = Adapted(C, module.fc1.out_channels, 1).to(device)
             elif change == "parametrization":
                 nn.utils.parametrizations.weight_norm(module.fc1)
                 nn.utils.parametrizations.spectral_norm(module.fc2)
             elif change == "forward":
                 module.fc1.forward = lambda x, forward=module.fc1.forward: 2 * forward(x)
             elif change == "norm":
-                module.bn = nn.BatchNorm2d(8 if module.fc1.out_channels == 8 else module.fc1.out_channels).to(device)
+                module.bn = nn.BatchNorm2d(module.fc1.out_channels).to(device)
                 module.eval()
             elif change == "dtype":
                 module.fc1.weight = nn.Parameter(module.fc1.weight.as_subclass(Quantized))
@@ -535,11 +535,11 @@ class TestTail:
 
         class Mixed(Block):
             def forward(self, x):
-                return self.act(self.gate(x) + x.float())
+                return self.act(self.gate(self.norm(x)) + x.float())
 
         class InPlace(Block):
             def forward(self, x):
-                y = self.gate(x)
+                y = self.gate(self.norm(x))
                 y += x.float()
                 return self.act(y)
 
@@ -574,7 +574,10 @@ class TestNetworks:
 
             network = torchvision.models.mobilenet_v3_small(num_classes=5, width_mult=0.25)
         else:
-            network = nn.Sequential(reference.models.resnet(18, "cbam", 5))
+            block = partial(reference.models.BasicBlock, kit=reference.models.REFERENCE, downsample=None, stride=1)
+            blocks = [block(8, 8, attention=attention) for attention in ("se", "cbam", "simam")]
+            stem = nn.Conv2d(3, 8, 7, 8, 3), reference.BAM(8, 2)
+            network = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
         return network.to(device)
 
     def test_a_training_step(self, network, device):
