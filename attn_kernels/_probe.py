@@ -56,7 +56,9 @@ def _error(twin: nn.Module, plan: Plan, size: tuple[int, int, int]) -> float:
 def _random_twin(module: nn.Module) -> nn.Module:
     """The module in float64 on the CPU, in eval mode and without hooks, its parameters random: nothing is read of them."""
     twin = type(module).__new__(type(module))
-    twin.__dict__ = {k: OrderedDict() if "hooks" in k and isinstance(v, dict) else v for k, v in module.__dict__.items()}
+    twin.__dict__ = {
+        k: OrderedDict() if "hooks" in k and isinstance(v, dict) else v for k, v in module.__dict__.items()
+    }
     twin.__dict__["training"] = False
     twin.__dict__["_modules"] = {k: m if m is None else _random_twin(m) for k, m in module._modules.items()}
     twin.__dict__["_parameters"] = {k: _random(p) for k, p in module._parameters.items()}

@@ -148,7 +148,7 @@ class GatePlan(Plan):
     add_maxpool: bool = False
     flat: bool = False
 
-    kind = "SE, PyTorch's gate"
+    kind = "SE, gate by PyTorch"
 
     def applies(self, module, x):
         return super().applies(module, x) and all(layer(module, path) is not None for path in self.chain)

@@ -551,7 +551,9 @@ class TestTail:
             assert model(x).dtype == eager(x).dtype == dtype
             torch.testing.assert_close(model(x), eager(x), rtol=0.02, atol=0.02)
 
-    @pytest.mark.parametrize("name", ["timm Bottleneck se", "timm BasicBlock se", "a user's, reference.SE", "reference se"])
+    @pytest.mark.parametrize(
+        "name", ["timm Bottleneck se", "timm BasicBlock se", "a user's, reference.SE", "reference se"]
+    )
     def test_compiles_without_a_graph_break(self, name, device):
         eager = randomized(BLOCKS[name]()).to(device).eval()
         model = nn.Sequential(copy.deepcopy(eager))
