@@ -45,8 +45,8 @@ def register_adapter(name: str, adapter: Adapter | None = None) -> Adapter | Cal
     Args:
         name: the class's name, without its module.
         adapter: takes the module and returns its plan (see ``attn_kernels.plans``), or None for a module that is
-            something else; raises ``attn_kernels.fuse.Unsupported`` with the reason for one that cannot be fused. Without
-            it, ``register_adapter`` is a decorator.
+            something else; raises ``attn_kernels.fuse.Unsupported`` with the reason for one that cannot be fused.
+            Without it, ``register_adapter`` is a decorator.
 
     Returns:
         The adapter.
@@ -96,7 +96,7 @@ def _name_of(function: nn.Module, known: dict[str, Callable[[Tensor], Tensor]]) 
 
 
 def _check_layers(module: nn.Module, *paths: Path) -> None:
-    """Raise unless the layers map C channels to C, each Linear or a 1x1 convolution, and there are no other parameters."""
+    """Raise unless the layers, Linear or 1x1 convolutions, map C channels to C and hold all of the parameters."""
     width = first = None
     for path in paths:
         fc = layer(module, path)

@@ -54,7 +54,7 @@ def _error(twin: nn.Module, plan: Plan, size: tuple[int, int, int]) -> float:
 
 
 def _random_twin(module: nn.Module) -> nn.Module:
-    """The module in float64 on the CPU, in eval mode and without hooks, its parameters random: nothing is read of them."""
+    """The module in float64 on the CPU, in eval mode and without hooks; its parameters are random, not copied."""
     twin = type(module).__new__(type(module))
     twin.__dict__ = {
         k: OrderedDict() if "hooks" in k and isinstance(v, dict) else v for k, v in module.__dict__.items()

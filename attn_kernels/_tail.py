@@ -1,8 +1,8 @@
 """The end of a residual block, ``relu(attention(x) + shortcut)``, as one call: found in the block's own forward by fx.
 
-The block's forward is traced with every submodule as a leaf; where a fused module's output, after an Identity or a
-DropPath that drops nothing, is added to something and goes through a ReLU, and nothing else uses what is in between, the
-three become one call. The rest of the generated forward is the block's.
+The block's forward is traced with every submodule as a leaf. Where a fused module's output, after an Identity or a
+DropPath that drops nothing, is added to something and goes through a ReLU, and nothing else uses what is in between,
+the three become one call. The rest of the generated forward is the block's.
 """
 
 from __future__ import annotations

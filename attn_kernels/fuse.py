@@ -95,16 +95,17 @@ class FuseReport:
 def fuse_(model: nn.Module, filter_fn: Filter | None = None) -> FuseReport:
     """Replace every attention module inside ``model``, in place, by a fused one that shares all its state.
 
-    Known are ``reference``'s modules and, by the names of their classes, those of Jongchan/attention-module (BAM, CBAM),
-    ZjjConan/SimAM, moskomule/senet.pytorch, Cadene/pretrained-models.pytorch, timm, torchvision, mmpretrain, mmdetection
-    and HF RegNet, and what :func:`register_adapter` adds. Each is run beside its formula, on random numbers, before it
-    is replaced. Where a residual block ends in ``relu(attention(x) + shortcut)`` that is fused, too.
+    Known are ``reference``'s modules and, by the names of their classes, those of Jongchan/attention-module (BAM and
+    CBAM), ZjjConan/SimAM, moskomule/senet.pytorch, Cadene/pretrained-models.pytorch, timm, torchvision, mmpretrain,
+    mmdetection and HF RegNet, and what :func:`register_adapter` adds. Each is run beside its formula, on random
+    numbers, before it is replaced. Where a residual block ends in ``relu(attention(x) + shortcut)``, that is fused too.
 
-    A fused module is an instance of a subclass of the original's class and shares its ``__dict__``: parameters, buffers,
-    children, hooks and state_dict are the same objects. It runs the original's forward where the fused path does not
-    apply: on the CPU, in export and ``torch.func``, with hooks on its layers, or other layers or tensor subclasses
-    (quantized, distributed) in their place. Gradients of a maximum go to the first of equal values, where ``amax``
-    shares them out. A scripted module has to be made before.
+    A fused module is an instance of a subclass of the original's class and shares its ``__dict__``: parameters,
+    buffers, children, hooks and state_dict are the same objects. It runs the original's forward where the fused path
+    does not apply: on the CPU, in export and ``torch.func``, with hooks on its layers, or other layers or tensor
+    subclasses (quantized, distributed) in their place. Three results differ: the gradient of a maximum goes to the
+    first of equal values, where ``amax`` shares it out; SimAM on a map of one pixel is no NaN; under autocast the
+    output has x's dtype and gates are computed in float32. ``torch.jit.script`` cannot read fused modules.
 
     Args:
         model: on any device, the meta device included; it may not be an attention module itself.

@@ -54,7 +54,7 @@ class Layer(NamedTuple):
 
 
 def is_plain(t: Tensor | None, x: Tensor) -> bool:
-    """Whether a kernel may read ``t`` beside ``x``: no subclass (quantized, distributed), a dtype and a device it takes."""
+    """Whether a kernel may read ``t`` beside ``x``: no subclass (quantized, distributed), a dtype that it takes."""
     return t is None or (type(t) in (Tensor, nn.Parameter) and t.dtype in DTYPES and t.device == x.device)
 
 
@@ -72,10 +72,7 @@ class Plan:
         for bypassed in self.bypassed:
             if not bypassed.is_untouched(module):
                 return False
-        for t in self.tensors(module):
-            if not is_plain(t, x):
-                return False
-        return True
+        return all(is_plain(t, x) for t in self.tensors(module))
 
     def bypasses(self, path: Path) -> bool:
         """Whether ``compute`` does not call the submodule at ``path``."""
@@ -139,7 +136,7 @@ class SEPlan(Plan):
 
 @dataclass(frozen=True)
 class GatePlan(Plan):
-    """A chain of the module's own layers on the pooled (N, C, 1, 1) map, the gate the last; they are called as they are.
+    """A chain of the module's own layers on the pooled (N, C, 1, 1) map, the gate the last; they are called as usual.
 
     ``add_maxpool``: the map is the mean of the plane's mean and maximum. ``flat``: the layers take (N, C).
     """
@@ -200,7 +197,7 @@ class ChannelGatePlan(Plan):
 
 @dataclass(frozen=True)
 class SpatialGatePlan(Plan):
-    """CBAM's spatial gate: convolution and BatchNorm. ``mean_first``: the convolution takes the mean, then the maximum."""
+    """CBAM's spatial gate. ``mean_first``: its convolution takes the mean, then the maximum."""
 
     conv: Path = ("spatial", "conv")
     norm: Path = ("spatial", "bn")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class jongchan:  # noqa: N801
+class jongchan:
     """Jongchan/attention-module: MODELS/bam.py and MODELS/cbam.py."""
 
     class Flatten(nn.Module):
@@ -90,7 +90,7 @@ class jongchan:  # noqa: N801
             return x * (1 + torch.sigmoid(channel * self.spatial_att.gate_s(x)))
 
 
-class simam_module(nn.Module):  # noqa: N801
+class simam_module(nn.Module):
     """ZjjConan/SimAM: networks/attentions/simam_module.py."""
 
     def __init__(self, channels=None, e_lambda=1e-4):
@@ -104,7 +104,7 @@ class simam_module(nn.Module):  # noqa: N801
         return x * self.activaton(d / (4 * (d.sum((2, 3), keepdim=True) / n + self.e_lambda)) + 0.5)
 
 
-class moskomule:  # noqa: N801
+class moskomule:
     """moskomule/senet.pytorch: senet/se_module.py."""
 
     class SELayer(nn.Module):
@@ -119,7 +119,7 @@ class moskomule:  # noqa: N801
             return x * self.fc(self.avg_pool(x).flatten(1))[:, :, None, None].expand_as(x)
 
 
-class cadene:  # noqa: N801
+class cadene:
     """Cadene/pretrained-models.pytorch: models/senet.py."""
 
     class SEModule(nn.Module):
@@ -135,7 +135,7 @@ class cadene:  # noqa: N801
             return x * self.sigmoid(self.fc2(self.relu(self.fc1(self.avg_pool(x)))))
 
 
-class openmmlab:  # noqa: N801
+class openmmlab:
     """mmpretrain's and mmdetection's SELayer, with what it needs of mmcv."""
 
     class HSigmoid(nn.Module):

@@ -114,7 +114,8 @@ def channel_plan(
         narrow_c = min(block_c, max(TILE // whole_h, least))
         samples = min(SAMPLES, next_power_of_2(n))
         while samples > 1 and (
-            cdiv(n, samples) * cdiv(c, narrow_c) < multiprocessors or samples * narrow_c * p * itemsize > 2 * ITEM_BYTES
+            cdiv(n, samples) * cdiv(c, narrow_c) < multiprocessors
+            or samples * narrow_c * p * itemsize > 2 * ITEM_BYTES
         ):
             samples //= 2
         if samples > 1 and narrow_c * whole_h <= 2 * TILE:

@@ -1,7 +1,7 @@
 """Channel attention by any gate: ``y = act(x * gate(pools of x) + residual)``, the gate's network left to PyTorch.
 
-For gates that ``channel_gate`` has no kernel for: a BatchNorm between the layers, a mixture of pools, one layer, another
-activation. What touches x is fused in two operators; the network between them works on (N, C) values.
+For gates that ``channel_gate`` has no kernel for: a BatchNorm between the layers, a mixture of pools, a single layer,
+another activation. What touches x is fused in two operators; the network between them works on (N, C) values.
 N = bytes of x.
 
 - pool: the means and maxima of the planes from one read of x, N. Backward: dx from one read of dy, the gradient by way
