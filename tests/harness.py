@@ -12,10 +12,28 @@ from torch import Tensor, nn
 import attn_kernels
 import reference
 from benchmarks.accuracy import compare
+from reference._common import like_parameters
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 ALL_POOLS = ("avg", "max", "lp", "lse")
+
+
+class ChannelAttention(nn.Module):
+    """A module around ``channel_attention``, which has none: two layers on maximum and mean."""
+
+    def __init__(self, kit: object, channels: int):
+        super().__init__()
+        self.function = getattr(kit, "functional", kit).channel_attention
+        self.fc1, self.fc2 = nn.Linear(channels, 5), nn.Linear(5, channels)
+
+    def gate(self, maximum: Tensor, mean: Tensor) -> Tensor:
+        t = like_parameters(maximum / 2 + mean, self)
+        return torch.sigmoid(self.fc2(torch.tanh(self.fc1(t))))
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
+        return self.function(x, self.gate, pool_types=("max", "avg"), residual=residual, activation=activation)
+
 
 # name: (module's name, constructor's arguments from C)
 MODULES: dict[str, Callable[[object, int], nn.Module]] = {
@@ -25,6 +43,7 @@ MODULES: dict[str, Callable[[object, int], nn.Module]] = {
     "cbam": lambda kit, c: kit.CBAM(c, 4),
     "bam": lambda kit, c: kit.BAM(c, 4),
     "simam": lambda kit, c: kit.SimAM(),
+    "channel_attention": ChannelAttention,
 }
 
 

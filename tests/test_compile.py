@@ -248,10 +248,10 @@ class TestAddresses:
         return found
 
     @pytest.mark.parametrize("layout", LAYOUTS)
-    @pytest.mark.parametrize("name", ["SE", "CBAM", "BAM", "SimAM"])
+    @pytest.mark.parametrize("name", ["SE", "CBAM", "BAM", "SimAM", "ChannelAttention"])
     def test_reach_the_last_element_and_no_further(self, name, layout, touched):
         with torch.device("meta"):
-            module = getattr(attn_kernels, name)(*(() if name == "SimAM" else (self.SHAPE[1],)))
+            module = Site("", name, self.SHAPE[1:]).build(attn_kernels)
             x = torch.empty(self.SHAPE, dtype=torch.float16).to(memory_format=LAYOUTS[layout]).requires_grad_()
         with launching_on_meta(132):
             y = module(x, x, "relu")

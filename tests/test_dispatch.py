@@ -81,13 +81,14 @@ def test_forward_mode(modules, device):
 
 def test_opcheck(device, monkeypatch):
     """Every operator, on the arguments that the modules call it with."""
-    from attn_kernels.ops import bam, cbam, channel_gate, simam
+    from attn_kernels.ops import bam, cbam, channel_gate, channel_scale, simam
 
     seen = set()
     for owner, name in (
         (channel_gate, "forward_op"), (channel_gate, "backward_op"), (cbam, "forward_op"), (cbam, "backward_op"),
-        (simam, "forward_op"), (simam, "backward_op"), (bam, "apply_op"), (bam, "apply_backward_op"),
-        (bam, "mean_op"), (bam, "squeeze_backward_op"),
+        (simam, "forward_op"), (simam, "backward_op"), (bam, "apply_op"), (bam, "dlogits_op"), (bam, "squeeze_op"),
+        (bam, "dx_op"), (channel_scale, "pool_op"), (channel_scale, "scale_op"), (channel_scale, "dgate_op"),
+        (channel_scale, "dx_op"),
     ):  # fmt: skip
 
         def checked(*args, op):
@@ -101,7 +102,7 @@ def test_opcheck(device, monkeypatch):
         module = build(attn_kernels, 12).to(device)
         module(_x(device).requires_grad_(), _x(device).requires_grad_(), "relu").sum().backward()
         module.eval()(_x(device))
-    assert len(seen) == 10
+    assert len(seen) == 14
 
 
 def test_export_sees_plain_operators(modules, device):
