@@ -82,7 +82,7 @@ def _path(name: str) -> Path:
     return tuple(name.split("."))
 
 
-def _name_of(function: nn.Module, known: dict[str, Callable[[Tensor], Tensor]]) -> str | None:
+def name_of(function: nn.Module, known: dict[str, Callable[[Tensor], Tensor]]) -> str | None:
     """Which of the known elementwise functions a module is, by its values: whoever wrote it, whatever its name."""
     if next(function.parameters(), None) is not None or next(function.buffers(), None) is not None:
         return None
@@ -95,8 +95,8 @@ def _name_of(function: nn.Module, known: dict[str, Callable[[Tensor], Tensor]]) 
     return None
 
 
-def _check_layers(module: nn.Module, *paths: Path) -> None:
-    """Raise unless the layers, Linear or 1x1 convolutions, map C channels to C and hold all of the parameters."""
+def check_layers(module: nn.Module, *paths: Path) -> None:
+    """Raise unless the layers, Linear or 1x1 convolutions, map C channels to C."""
     width = first = None
     for path in paths:
         fc = layer(module, path)
@@ -112,6 +112,11 @@ def _check_layers(module: nn.Module, *paths: Path) -> None:
         first, width = first or takes, gives
     if width != first:
         raise Unsupported(f"{name} gives {width} channels, not {first}")
+
+
+def _check_all_layers(module: nn.Module, *paths: Path) -> None:
+    """Raise unless the layers are as :func:`check_layers` wants them and hold all of the module's parameters."""
+    check_layers(module, *paths)
     for name, child in module.named_modules():
         if name and _path(name) not in paths and next(child.parameters(recurse=False), None) is not None:
             raise Unsupported(f"another layer between, {name} ({type(child).__name__})")
@@ -142,12 +147,12 @@ def squeeze_excite(module: nn.Module) -> Plan | None:
     fc1, act, fc2, gate = paths
     norm, add_maxpool = getattr(module, "bn", None), bool(getattr(module, "add_maxpool", False))
     has_norm = norm is not None and type(norm) is not nn.Identity
-    mlp_activation, gate_name = _name_of(layer(module, act), ACTIVATIONS), _name_of(layer(module, gate), GATES)
+    mlp_activation, gate_name = name_of(layer(module, act), ACTIVATIONS), name_of(layer(module, gate), GATES)
     if has_norm or add_maxpool or mlp_activation is None or gate_name is None:
         flat = isinstance(layer(module, fc1), nn.Linear)
         middle = (("bn",),) if has_norm else ()
         return GatePlan(chain=(fc1, *middle, act, fc2, gate), add_maxpool=add_maxpool, flat=flat)
-    _check_layers(module, fc1, fc2)
+    _check_all_layers(module, fc1, fc2)
     return SEPlan(fc1=fc1, fc2=fc2, mlp_activation=mlp_activation, gate=gate_name)
 
 
@@ -201,7 +206,7 @@ def cbam(module: nn.Module) -> Plan | None:
 
 def _channel_pools(gate: nn.Module, plan: ChannelGatePlan) -> tuple[str, ...]:
     """The names of the pools of a channel gate whose layers are as they should be."""
-    _check_layers(gate, plan.fc1, plan.fc2)
+    _check_all_layers(gate, plan.fc1, plan.fc2)
     try:
         pools = tuple(gate.pool_types)
         check_pool_types(pools)
@@ -227,7 +232,7 @@ def cbam_of_timm(module: nn.Module) -> Plan | None:
     if any(layer(module, path) is None for path in paths):
         raise Unsupported("its layers are not those of timm's")
     for path, known, name in zip(paths, (ACTIVATIONS, GATES, GATES), ("relu", "sigmoid", "sigmoid"), strict=True):
-        if _name_of(layer(module, path), known) != name:
+        if name_of(layer(module, path), known) != name:
             raise Unsupported(f"{'.'.join(path)} is {layer(module, path)}, and the kernels of CBAM have {name}")
     plan = CBAMPlan(
         fc1=_path("channel.fc1"),
@@ -236,7 +241,7 @@ def cbam_of_timm(module: nn.Module) -> Plan | None:
         norm=_path("spatial.conv.bn"),
         mean_first=True,
     )
-    _check_layers(layer(module, ("channel",)), ("fc1",), ("fc2",))
+    _check_all_layers(layer(module, ("channel",)), ("fc1",), ("fc2",))
     _check_spatial(module, plan)
     return plan
 

@@ -41,17 +41,21 @@ class FusedModule:
         return torch.relu(y)
 
     def _is_fused(self, x: object) -> bool:
-        return (
-            type(x) in (Tensor, nn.Parameter)
-            and x.dim() == 4
-            and x.dtype in DTYPES
-            and functional.is_fused(x)
-            and self._plan.applies(self, x)
-            and not has_global_hooks()
-        )
+        return can_fuse(self, self._plan, x) and not has_global_hooks()
 
     def __reduce_ex__(self, protocol):
         return _rebuild, (self._original, self._plan), state_of(self)
+
+
+def can_fuse(module: nn.Module, plan: Plan, x: object) -> bool:
+    """Whether the plan stands for the module on ``x``, and kernels compute it."""
+    return (
+        type(x) in (Tensor, nn.Parameter)
+        and x.dim() == 4
+        and x.dtype in DTYPES
+        and functional.is_fused(x)
+        and plan.applies(module, x)
+    )
 
 
 def has_global_hooks() -> bool:

@@ -17,19 +17,23 @@ from torch import Tensor, fx, nn
 
 from attn_kernels import modules
 from attn_kernels._adapters import Unsupported
-from attn_kernels._fused import FusedModule, has_global_hooks, seen_as, state_of, subclass
-from attn_kernels.plans import Layer, layer
+from attn_kernels._fused import FusedModule, can_fuse, has_global_hooks, seen_as, state_of, subclass
+from attn_kernels._graph import Gate, inline_gate, only_user
+from attn_kernels.plans import Layer, SEPlan, layer
 
 OURS = tuple(getattr(modules, name) for name in ("SE", "ChannelGate", "SpatialGate", "CBAM", "BAM", "SimAM"))
 _RELUS = {F.relu, torch.relu, F.relu_, torch.relu_}
 
 
 class Tail(NamedTuple):
-    """A block's forward with the tail fused, and the layers that it calls otherwise or not at all."""
+    """A block's forward with the tail fused, and what it calls otherwise or not at all."""
 
     forward: Callable
     gates: tuple[str, ...]
+    """The names of the attention modules; that of one whose layers stand on the block is empty."""
     layers: tuple[Layer, ...]
+    plans: tuple[SEPlan, ...]
+    """Of gates whose layers stand on the block."""
 
 
 class FusedBlock:
@@ -40,17 +44,17 @@ class FusedBlock:
     _stale = False
 
     def forward(self, *args, **kwargs):
-        if self._is_fused():
+        if self._is_fused(*args):
             return self._tail.forward(self, *args, **kwargs)
         return super().forward(*args, **kwargs)
 
-    def _is_fused(self) -> bool:
+    def _is_fused(self, *args) -> bool:
         if self._stale or has_global_hooks():
             return False
         for part in self._tail.layers:
             if not part.is_untouched(self) or _drop_probability(layer(self, part.path)):
                 return False
-        return True
+        return all(len(args) == 1 and can_fuse(self, plan, args[0]) for plan in self._tail.plans)
 
     def __setattr__(self, name, value):
         if name != "training" and not name.startswith("_"):
@@ -120,19 +124,24 @@ def find_tail(block: nn.Module) -> Tail | None:
         Unsupported: the block cannot be traced, or what lies between forbids it.
     """
     graph = _trace(block)
-    gates, layers = [], []
+    gates, layers, plans = [], [], []
     for node in list(graph.nodes):
-        if _is_gate(block, node):
-            found = _fuse(graph, block, node)
-            if found:
-                gates.append(node.target)
-                layers += [Layer.of(block, tuple(name.split("."))) for name in found]
+        gate = _module_gate(block, node) or inline_gate(block, node)
+        names = None if gate is None else _fuse(graph, block, gate)
+        if names is None:
+            continue
+        layers += [Layer.of(block, tuple(name.split("."))) for name in names]
+        if gate.plan is None:
+            gates.append(node.target)
+        else:
+            gates.append("")
+            plans.append(gate.plan)
     if not gates:
         return None
     code = graph.python_code("self")
     namespace = dict(code.globals)
     exec(compile(code.src, f"<{type(block).__name__} with its tail fused>", "exec"), namespace)
-    return Tail(namespace["forward"], tuple(gates), tuple(layers))
+    return Tail(namespace["forward"], tuple(gates), tuple(layers), tuple(plans))
 
 
 def _trace(block: nn.Module) -> fx.Graph:
@@ -155,46 +164,47 @@ def _trace(block: nn.Module) -> fx.Graph:
     return graphs[0]
 
 
-def _is_gate(block: nn.Module, node: fx.Node) -> bool:
+def _module_gate(block: nn.Module, node: fx.Node) -> Gate | None:
+    """A call of a fused module."""
     if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
-        return False
-    return isinstance(block.get_submodule(node.target), (FusedModule, *OURS))
+        return None
+    if not isinstance(block.get_submodule(node.target), (FusedModule, *OURS)):
+        return None
+    return Gate([node], node.args[0], add_relu, (node.target,))
 
 
-def _fuse(graph: fx.Graph, block: nn.Module, gate: fx.Node) -> list[str]:
-    """Replace ``gate``, the addition and the ReLU in the graph; the names of the modules of which that holds."""
-    chain = [gate]
-    while (node := _only_user(chain[-1])) is not None and node.op == "call_module" and len(node.args) == 1:
+def _fuse(graph: fx.Graph, block: nn.Module, gate: Gate) -> list[str] | None:
+    """Replace ``gate``, the addition and the ReLU in the graph; the names of the modules of which these were calls."""
+    chain = [gate.nodes[-1]]
+    while (node := only_user(chain[-1])) is not None and node.op == "call_module" and len(node.args) == 1:
         p = _drop_probability(block.get_submodule(node.target))
         if p is None and type(block.get_submodule(node.target)) is not nn.Identity:
-            return []
+            return None
         chain.append(node)
     add = node
     residual, inplace = (None, False) if add is None else _added_to(chain[-1], add)
-    relu = None if residual is None else _only_user(add)
+    relu = None if residual is None else only_user(add)
     if relu is None or not _is_relu(block, relu):
-        return []
+        return None
     for node in chain[1:]:
         if p := _drop_probability(block.get_submodule(node.target)):
             raise Unsupported(f"{node.target} drops with probability {p:.2g}")
-    (x,) = gate.args
     order = {node: i for i, node in enumerate(graph.nodes)}
-    if any(order[user] > order[gate] and user is not add for user in x.users):
+    replaced = {*gate.nodes, add}
+    if any(order[user] > order[gate.nodes[0]] and user not in replaced for user in gate.x.users):
         raise Unsupported("its block uses its input again")
-    names = [node.target for node in (*chain, relu) if node.op == "call_module"]
+    names = [node.target for node in (*gate.nodes, *chain[1:], relu) if node.op == "call_module"]
     for name in names:
         if not Layer.of(block, tuple(name.split("."))).is_untouched(block):
             raise Unsupported(f"hooks on {name}")
     with graph.inserting_before(add):
-        y = graph.call_function(add_relu, (graph.get_attr(gate.target), x, residual, inplace))
+        modules = [graph.get_attr(name) for name in gate.modules]
+        options = () if gate.plan is None else (gate.plan.mlp_activation, gate.plan.gate)
+        y = graph.call_function(gate.add_relu, (*modules, gate.x, residual, inplace, *options))
     relu.replace_all_uses_with(y)
-    for node in (relu, add, *reversed(chain)):
+    for node in (relu, add, *reversed(chain[1:]), *reversed(gate.nodes)):
         graph.erase_node(node)
     return names
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _added_to(node: fx.Node, add: fx.Node) -> tuple[fx.Node | None, bool]:

@@ -156,7 +156,7 @@ class _Fuser:
                 if child not in self.blocks:
                     self.blocks[child] = child
                     self.visit(child, f"{prefix}{name}.")
-                    self.blocks[child] = self.fuse_tail(child, f"{prefix}{name}.")
+                    self.blocks[child] = self.fuse_tail(child, prefix + name)
                 twin = self.blocks[child]
             if twin is not None and twin is not child:
                 self.swaps.append((parent._modules, name, child, twin))
@@ -174,7 +174,7 @@ class _Fuser:
     def _replace(self, module: nn.Module, name: str) -> tuple[nn.Module | None, Row] | None:
         cls = type(module)
         row = Row(name, cls.__name__, cls.__name__, False)
-        if isinstance(module, (FusedModule, _FusedSEBlock, *OURS)):
+        if isinstance(module, (FusedModule, _FusedSEBlock, *OURS)) or _is_fused_inline(module):
             return None, row._replace(reason="already fused")
         try:
             plan = None
@@ -220,11 +220,13 @@ class _Fuser:
             raise Unsupported(reason)
         return found
 
-    def fuse_tail(self, block: nn.Module, prefix: str) -> nn.Module:
+    def fuse_tail(self, block: nn.Module, name: str) -> nn.Module:
         """The twin of a block with its tail fused, or the block itself; the rows of its children say so."""
-        names = {prefix + name for name, m in block._modules.items() if isinstance(m, (FusedModule, *OURS))}
+        children = block._modules.items()
+        names = {f"{name}.{child}" for child, m in children if isinstance(m, (FusedModule, *OURS))}
         names &= {row.name for row in self.rows if row.fused}
-        if not names or isinstance(block, FusedBlock | nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        containers = nn.Sequential | nn.ModuleList | nn.ModuleDict
+        if not (names or _has_pool(block)) or isinstance(block, FusedBlock | containers):
             return block
         if isinstance(block, reference.models._Block):  # which hands its tail to the module
             self._note(names, tail=TAIL if block.attention == "cbam" else "")
@@ -233,16 +235,31 @@ class _Fuser:
             if "forward" in block.__dict__:
                 raise Unsupported("its block's forward was replaced on the instance")
             tail = find_tail(block)
+            if tail is not None and tail.plans:  # the layers stand on the block: it is the attention module, too
+                if self.filter_fn is not None and not self.filter_fn(block, name):
+                    self.rows.append(Row(name, type(block).__name__, "SE", False, reason="filter_fn"))
+                    return block
+                self.rows.append(Row(name, type(block).__name__, "SE", True, TAIL))
         except Unsupported as reason:
             self._note(names, reason=f"tail not fused: {reason}")
             return block
         if tail is None:
             return block
-        self._note({prefix + gate for gate in tail.gates}, tail=TAIL)
+        self._note({f"{name}.{gate}" for gate in tail.gates}, tail=TAIL)
         return seen_as(block, block_class(type(block), tail))
 
     def _note(self, names: set[str], **changes: str) -> None:
         self.rows = [row._replace(**changes) if row.name in names else row for row in self.rows]
+
+
+def _is_fused_inline(block: nn.Module) -> bool:
+    return isinstance(block, FusedBlock) and bool(block._tail.plans)
+
+
+def _has_pool(block: nn.Module) -> bool:
+    """Whether SE's layers may stand on the block itself."""
+    kinds = [type(m) for m in block._modules.values()]
+    return kinds.count(nn.Linear) == 2 and (nn.AvgPool2d in kinds or nn.AdaptiveAvgPool2d in kinds)
 
 
 class _FusedSEBlock:

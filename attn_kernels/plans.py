@@ -93,7 +93,7 @@ class Plan:
         raise NotImplementedError
 
 
-def _weight_and_bias(layer: nn.Conv2d | nn.Linear) -> tuple[Tensor, Tensor | None]:
+def weight_and_bias(layer: nn.Conv2d | nn.Linear) -> tuple[Tensor, Tensor | None]:
     return layer.weight.flatten(1), layer.bias
 
 
@@ -124,8 +124,8 @@ class SEPlan(Plan):
             x, residual = x.permute(0, 3, 1, 2), None if residual is None else residual.permute(0, 3, 1, 2)
         y = ops.se(
             x,
-            *_weight_and_bias(layer(module, self.fc1)),
-            *_weight_and_bias(layer(module, self.fc2)),
+            *weight_and_bias(layer(module, self.fc1)),
+            *weight_and_bias(layer(module, self.fc2)),
             mlp_activation=self.mlp_activation,
             gate=self.gate,
             residual=residual,
@@ -180,7 +180,7 @@ class ChannelGatePlan(Plan):
     kind = "CBAM, channel gate"
 
     def mlp(self, module: nn.Module) -> tuple[Tensor | None, ...]:
-        return *_weight_and_bias(layer(module, self.fc1)), *_weight_and_bias(layer(module, self.fc2))
+        return *weight_and_bias(layer(module, self.fc1)), *weight_and_bias(layer(module, self.fc2))
 
     def tensors(self, module):
         fc1, fc2 = layer(module, self.fc1), layer(module, self.fc2)

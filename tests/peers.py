@@ -183,3 +183,30 @@ class RegNetSELayer(nn.Module):
 
     def forward(self, hidden_state: Tensor) -> Tensor:
         return hidden_state * self.attention(self.pooler(hidden_state))
+
+
+class seed:
+    """SE-ResNet with SE's layers on the block, and pools that know the size of their maps."""
+
+    class BasicBlock(nn.Module):
+        def __init__(self, planes: int, size: int):
+            super().__init__()
+            self.conv1, self.bn1 = nn.Conv2d(planes, planes, 3, padding=1, bias=False), nn.BatchNorm2d(planes)
+            self.relu = nn.ReLU(inplace=True)
+            self.conv2, self.bn2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False), nn.BatchNorm2d(planes)
+            self.downsample = None
+            self.globalAvgPool = nn.AvgPool2d(size, stride=1)
+            self.fc1 = nn.Linear(planes, round(planes / 4))
+            self.fc2 = nn.Linear(round(planes / 4), planes)
+            self.sigmoid = nn.Sigmoid()
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.relu(self.bn1(self.conv1(x)))
+            out = self.bn2(self.conv2(out))
+            gate = self.globalAvgPool(out)
+            gate = gate.view(gate.size(0), -1)
+            gate = self.sigmoid(self.fc2(self.relu(self.fc1(gate))))
+            gate = gate.view(gate.size(0), gate.size(1), 1, 1)
+            out = gate * out
+            out += x if self.downsample is None else self.downsample(x)
+            return self.relu(out)

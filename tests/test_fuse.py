@@ -23,7 +23,7 @@ from attn_kernels._tail import FusedBlock
 from attn_kernels.fuse import Unsupported
 from attn_kernels.plans import SEPlan
 from tests.harness import LAYOUTS, judge
-from tests.peers import RegNetSELayer, cadene, jongchan, moskomule, openmmlab, simam_module
+from tests.peers import RegNetSELayer, cadene, jongchan, moskomule, openmmlab, seed, simam_module
 
 if not torch.cuda.is_available():  # beside a CPU build of torch, torchvision's compiled operators do not register
     sys.modules.setdefault("torchvision._meta_registrations", ModuleType("torchvision._meta_registrations"))
@@ -393,6 +393,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "timm Bottleneck se": lambda: _resnet_block(timm.models.resnet.Bottleneck, "se", True),
     "timm Bottleneck cbam": lambda: _resnet_block(timm.models.resnet.Bottleneck, "cbam", True),
     "timm senet": lambda: timm.models.senet.SEResNetBottleneck(C, C // 4, 1, 4),
+    "the seed's": lambda: seed.BasicBlock(C, 5),
     "reference se": lambda: reference.models.BasicBlock(C, C, 1, None, "se", reference.models.REFERENCE),
     "reference cbam": lambda: reference.models.BasicBlock(C, C, 1, None, "cbam", reference.models.REFERENCE),
 }
@@ -428,6 +429,21 @@ class TestTail:
         calls.clear()
         y = model(tensor(2, C, 5, 5).to(device))
         return list(calls), y
+
+    def test_layers_on_the_block(self, calls, device):
+        eager = randomized(seed.BasicBlock(C, 5)).to(device).eval()
+        model, x = nn.Sequential(copy.deepcopy(eager)), tensor(2, C, 5, 5).to(device)
+        assert fuse_(model, lambda *_: False).rows == [("0", "BasicBlock", "SE", False, "", "filter_fn")]
+        fuse_(model)
+        assert fuse_(model).rows[0].reason == "already fused"
+        torch.testing.assert_close(model(x), eager(x))
+        assert calls == ["se"]
+        handle = model[0].fc1.register_forward_hook(lambda *_: calls.append("hook"))
+        assert torch.equal(model(x), eager(x))
+        assert calls == ["se", "hook"]
+        handle.remove()
+        torch.testing.assert_close(torch.func.vmap(model)(x[None]), torch.func.vmap(eager)(x[None]))
+        assert len(calls) == 2
 
     def test_one_call(self, monkeypatch, device):
         seen = []
@@ -553,7 +569,7 @@ class TestTail:
             torch.testing.assert_close(model(x), eager(x), rtol=0.02, atol=0.02)
 
     @pytest.mark.parametrize(
-        "name", ["timm Bottleneck se", "timm BasicBlock se", "a user's, reference.SE", "reference se"]
+        "name", ["timm Bottleneck se", "timm BasicBlock se", "a user's, reference.SE", "reference se", "the seed's"]
     )
     def test_compiles_without_a_graph_break(self, name, device):
         eager = randomized(BLOCKS[name]()).to(device).eval()
