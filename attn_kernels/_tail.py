@@ -19,7 +19,7 @@ from attn_kernels import modules
 from attn_kernels._adapters import Unsupported
 from attn_kernels._fused import FusedModule, can_fuse, has_global_hooks, seen_as, state_of, subclass
 from attn_kernels._graph import Gate, inline_gate, only_user
-from attn_kernels.plans import Layer, SEPlan, layer
+from attn_kernels.plans import Layer, Path, SEPlan, are_untouched, layer
 
 OURS = tuple(getattr(modules, name) for name in ("SE", "ChannelGate", "SpatialGate", "CBAM", "BAM", "SimAM"))
 _RELUS = {F.relu, torch.relu, F.relu_, torch.relu_}
@@ -32,6 +32,8 @@ class Tail(NamedTuple):
     gates: tuple[str, ...]
     """The names of the attention modules; that of one whose layers stand on the block is empty."""
     layers: tuple[Layer, ...]
+    droppers: tuple[Path, ...]
+    """Those of ``layers`` that may come to drop something."""
     plans: tuple[SEPlan, ...]
     """Of gates whose layers stand on the block."""
 
@@ -51,8 +53,10 @@ class FusedBlock:
     def _is_fused(self, *args) -> bool:
         if self._stale or has_global_hooks():
             return False
-        for part in self._tail.layers:
-            if not part.is_untouched(self) or _drop_probability(layer(self, part.path)):
+        if not are_untouched(self, self._tail.layers):
+            return False
+        for path in self._tail.droppers:
+            if _drop_probability(layer(self, path)):
                 return False
         return all(len(args) == 1 and can_fuse(self, plan, args[0]) for plan in self._tail.plans)
 
@@ -141,7 +145,8 @@ def find_tail(block: nn.Module) -> Tail | None:
     code = graph.python_code("self")
     namespace = dict(code.globals)
     exec(compile(code.src, f"<{type(block).__name__} with its tail fused>", "exec"), namespace)
-    return Tail(namespace["forward"], tuple(gates), tuple(layers), tuple(plans))
+    droppers = tuple(part.path for part in layers if _drop_probability(layer(block, part.path)) is not None)
+    return Tail(namespace["forward"], tuple(gates), tuple(layers), droppers, tuple(plans))
 
 
 def _trace(block: nn.Module) -> fx.Graph:
@@ -195,7 +200,7 @@ def _fuse(graph: fx.Graph, block: nn.Module, gate: Gate) -> list[str] | None:
         raise Unsupported("its block uses its input again")
     names = [node.target for node in (*gate.nodes, *chain[1:], relu) if node.op == "call_module"]
     for name in names:
-        if not Layer.of(block, tuple(name.split("."))).is_untouched(block):
+        if not are_untouched(block, (Layer.of(block, tuple(name.split("."))),)):
             raise Unsupported(f"hooks on {name}")
     with graph.inserting_before(add):
         modules = [graph.get_attr(name) for name in gate.modules]

@@ -15,7 +15,7 @@ from attn_kernels._adapters import Unsupported, find_plan, register_adapter
 from attn_kernels._fused import FusedModule, fused_class, seen_as, subclass
 from attn_kernels._probe import verify
 from attn_kernels._tail import OURS, FusedBlock, block_class, find_tail
-from attn_kernels.plans import Plan
+from attn_kernels.plans import Plan, are_untouched
 from reference._common import DTYPES
 
 __all__ = ["FuseReport", "Row", "Unsupported", "fuse_", "register_adapter"]
@@ -206,7 +206,7 @@ class _Fuser:
             Unsupported: it does not, or something stands in the way of the fused path.
         """
         for part in plan.bypassed:
-            if not part.is_untouched(module):
+            if not are_untouched(module, (part,)):
                 raise Unsupported(f"hooks on {'.'.join(part.path)}")
         for t in plan.tensors(module):
             if t is not None and (type(t) not in (torch.Tensor, nn.Parameter) or t.dtype not in DTYPES):

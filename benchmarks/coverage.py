@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import inspect
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from attn_kernels import fuse_
 from benchmarks.provenance import command, commit, versions
@@ -54,9 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         task = progress.add_task("architectures", total=len(wanted))
         for library, name, build in wanted:
             progress.update(task, advance=1, description=name)
-            with torch.device("meta"):
-                network = build()
-            row = describe(network)
+            row = describe(on_meta(build))
             if row["found"] or row["fused"] or row["left"]:
                 rows.append({"architecture": name, "library": library, **row, **provenance})
     if rows:
@@ -85,10 +85,27 @@ def libraries() -> dict[str, dict[str, Callable[[], nn.Module]]]:
     }
 
 
+class _EmptyOnMeta(TorchFunctionMode):
+    """Puts on the meta device what layers make their parameters of, and nothing that a network computes its sizes by."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.empty, torch.ones, torch.zeros):
+            return func(*args, **{**(kwargs or {}), "device": "meta"})
+        return func(*args, **(kwargs or {}))
+
+
+def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    """A network without memory."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except NotImplementedError:  # it reads numbers from a tensor, as torchvision's RegNets do
+        with _EmptyOnMeta():
+            return build()
+
+
 def _without_weights(name: str) -> dict[str, object]:
     """Detection and segmentation networks load the weights of their backbones unless they are told not to."""
-    import inspect
-
     import torchvision.models
 
     parameters = inspect.signature(torchvision.models.get_model_builder(name)).parameters
