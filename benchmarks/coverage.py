@@ -86,7 +86,7 @@ def libraries() -> dict[str, dict[str, Callable[[], nn.Module]]]:
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """Puts on the meta device what layers make their parameters of, and nothing that a network computes its sizes by."""
+    """Puts on the meta device what layers make their parameters of, not what a network computes its sizes with."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in (torch.empty, torch.ones, torch.zeros):
