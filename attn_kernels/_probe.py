@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -16,16 +18,18 @@ SQUARE, OBLONG = (2, 4, 4), (3, 3, 5)  # N, H, W
 TOLERANCE = 1e-9
 
 
+@contextmanager
+def _surroundings() -> Iterator[None]:
+    """Always the same random numbers, on the CPU; the caller's are as they were afterwards."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.autocast("cpu", enabled=False):
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the GPUs, too
+        yield
+
+
 def verify(module: nn.Module, plan: Plan) -> tuple[Plan | None, str]:
     """The plan that the module keeps to, on square maps alone if need be; else None and what speaks against it."""
     try:
-        with (
-            torch.no_grad(),
-            torch.random.fork_rng(devices=[]),
-            torch.device("cpu"),
-            torch.autocast("cpu", enabled=False),
-        ):
-            torch.manual_seed(0)
+        with _surroundings():
             twin = _random_twin(module)
             error = _error(twin, plan, OBLONG)
             if error > TOLERANCE and isinstance(plan, BAMPlan):
@@ -51,6 +55,30 @@ def _error(twin: nn.Module, plan: Plan, size: tuple[int, int, int]) -> float:
             raise
         return torch.inf
     return (got - want).abs().max().item() if isinstance(got, Tensor) and got.shape == want.shape else torch.inf
+
+
+def verify_forward(block: nn.Module, forward: Callable[[nn.Module, Tensor], Tensor]) -> str:
+    """What speaks against ``forward`` in place of the block's own; nothing where both give the same."""
+    widths = (getattr(m, "in_channels", getattr(m, "num_features", None)) for m in block.modules())
+    channels = next(filter(None, widths), None)
+    if channels is None:
+        return "its block could not be checked: no layer says how many channels it takes"
+    # A pool of a fixed size stands after a stride of 1 or 2.
+    pools = [m.kernel_size for m in block.modules() if isinstance(m, nn.AvgPool2d) and isinstance(m.kernel_size, int)]
+    sizes = [8, *(stride * size for size in pools for stride in (1, 2))]
+    failure = ""
+    for size in sizes:
+        try:
+            with _surroundings():
+                twin = _random_twin(block)
+                x = torch.randn(2, channels, size, size, dtype=torch.float64)
+                want, got = twin(x.clone()), forward(twin, x.clone())
+        except Exception as error:  # of the block's forward, of whatever kind
+            failure = f"its block could not be checked: {type(error).__name__}"
+            continue
+        same = isinstance(want, Tensor) and isinstance(got, Tensor) and want.shape == got.shape
+        return "" if same and torch.allclose(got, want, rtol=1e-9, atol=1e-9) else "its block's trace computes another"
+    return failure
 
 
 def _random_twin(module: nn.Module) -> nn.Module:

@@ -7,6 +7,7 @@ the three become one call. The rest of the generated forward is the block's.
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable
 from typing import NamedTuple
@@ -46,11 +47,11 @@ class FusedBlock:
     _stale = False
 
     def forward(self, *args, **kwargs):
-        if self._is_fused(*args):
-            return self._tail.forward(self, *args, **kwargs)
+        if len(args) == 1 and not kwargs and self._is_fused(args[0]):
+            return self._tail.forward(self, args[0])
         return super().forward(*args, **kwargs)
 
-    def _is_fused(self, *args) -> bool:
+    def _is_fused(self, x: object) -> bool:
         if self._stale or has_global_hooks():
             return False
         if not are_untouched(self, self._tail.layers):
@@ -58,7 +59,7 @@ class FusedBlock:
         for path in self._tail.droppers:
             if _drop_probability(layer(self, path)):
                 return False
-        return all(len(args) == 1 and can_fuse(self, plan, args[0]) for plan in self._tail.plans)
+        return all(can_fuse(self, plan, x) for plan in self._tail.plans)
 
     def __setattr__(self, name, value):
         if name != "training" and not name.startswith("_"):
@@ -151,7 +152,10 @@ def find_tail(block: nn.Module) -> Tail | None:
 
 def _trace(block: nn.Module) -> fx.Graph:
     """The graph of the block's forward, the same in training and in evaluation."""
-    graphs = []
+    parameters = list(inspect.signature(type(block).forward).parameters.values())
+    if len(parameters) != 2 or parameters[1].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
+        raise Unsupported("its block's forward takes more than x")
+    graphs, modes = [], [(m.__dict__, m.training) for m in block.modules()]
     for training in (True, False):
         # What the forward does to the block, it does to a twin.
         twin = seen_as(block, type(block))
@@ -159,9 +163,14 @@ def _trace(block: nn.Module) -> fx.Graph:
         twin.__dict__["training"] = training
         before = dict(twin.__dict__)
         try:
+            for state, _ in modes:
+                state["training"] = training
             graphs.append(_Tracer().trace(twin))
         except Exception as error:  # of the block's forward, of whatever kind
             raise Unsupported(f"its block cannot be traced ({type(error).__name__})") from None
+        finally:
+            for state, mode in modes:
+                state["training"] = mode
         if twin.__dict__ != before:
             raise Unsupported("its block's forward sets attributes")
     if str(graphs[0]) != str(graphs[1]):

@@ -13,8 +13,8 @@ import reference.models
 from attn_kernels import functional, modules
 from attn_kernels._adapters import Unsupported, find_plan, register_adapter
 from attn_kernels._fused import FusedModule, fused_class, seen_as, subclass
-from attn_kernels._probe import verify
-from attn_kernels._tail import OURS, FusedBlock, block_class, find_tail
+from attn_kernels._probe import verify, verify_forward
+from attn_kernels._tail import OURS, FusedBlock, Tail, block_class, find_tail
 from attn_kernels.plans import Plan, are_untouched
 from reference._common import DTYPES
 
@@ -142,6 +142,7 @@ class _Fuser:
         self.outcomes: dict[nn.Module, tuple[nn.Module | None, Row]] = {}
         self.blocks: dict[nn.Module, nn.Module] = {}
         self.verdicts: dict[object, tuple[Plan | None, str]] = {}
+        self.tails: dict[object, str] = {}
 
     def visit(self, parent: nn.Module, prefix: str) -> None:
         """Replace what is below ``parent``, and the blocks whose tails are fused."""
@@ -211,8 +212,7 @@ class _Fuser:
         for t in plan.tensors(module):
             if t is not None and (type(t) not in (torch.Tensor, nn.Parameter) or t.dtype not in DTYPES):
                 raise Unsupported(f"a parameter is a {type(t).__name__} of {t.dtype}")
-        attributes = [(k, v) for k, v in vars(module).items() if isinstance(v, bool | int | float | str | list | tuple)]
-        key = type(module), plan, repr(module), repr([(k, v) for k, v in attributes if k != "training"])
+        key = plan, _configuration(module)
         if key not in self.verdicts:
             self.verdicts[key] = verify(module, plan)
         found, reason = self.verdicts[key]
@@ -235,6 +235,8 @@ class _Fuser:
             if "forward" in block.__dict__:
                 raise Unsupported("its block's forward was replaced on the instance")
             tail = find_tail(block)
+            if tail is not None and (reason := self.speaks_against(block, tail)):
+                raise Unsupported(reason)
             if tail is not None and tail.plans:  # the layers stand on the block: it is the attention module, too
                 if self.filter_fn is not None and not self.filter_fn(block, name):
                     self.rows.append(Row(name, type(block).__name__, "SE", False, reason="filter_fn"))
@@ -248,12 +250,25 @@ class _Fuser:
         self._note({f"{name}.{gate}" for gate in tail.gates}, tail=TAIL)
         return seen_as(block, block_class(type(block), tail))
 
+    def speaks_against(self, block: nn.Module, tail: Tail) -> str:
+        """Why the block's forward, as it was traced, is not what it computes; nothing as a rule."""
+        key = tail.layers, _configuration(block)
+        if key not in self.tails:
+            self.tails[key] = verify_forward(block, tail.forward)
+        return self.tails[key]
+
     def _note(self, names: set[str], **changes: str) -> None:
         self.rows = [row._replace(**changes) if row.name in names else row for row in self.rows]
 
 
 def _is_fused_inline(block: nn.Module) -> bool:
     return isinstance(block, FusedBlock) and bool(block._tail.plans)
+
+
+def _configuration(module: nn.Module) -> tuple[type, str, str]:
+    """What tells a module from another of its class, its parameters' values aside."""
+    options = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str | list | tuple)}
+    return type(module), repr(module), repr({k: v for k, v in options.items() if k != "training"})
 
 
 def _has_pool(block: nn.Module) -> bool:

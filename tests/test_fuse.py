@@ -436,6 +436,7 @@ class TestTail:
         assert fuse_(model, lambda *_: False).rows == [("0", "BasicBlock", "SE", False, "", "filter_fn")]
         fuse_(model)
         assert fuse_(model).rows[0].reason == "already fused"
+        calls.clear()  # of the check
         torch.testing.assert_close(model(x), eager(x))
         assert calls == ["se"]
         handle = model[0].fc1.register_forward_hook(lambda *_: calls.append("hook"))
@@ -497,7 +498,7 @@ class TestTail:
         (row,) = fuse_(model).rows
         assert row.tail
         model[0].drop_path.drop_prob = 0.5  # as timm's schedules do
-        assert not model[0]._is_fused()
+        assert not model[0]._is_fused(tensor(2, C, 5, 5).to(device))
 
     def test_blocks_that_cannot_be_traced(self):
         class Choosy(Block):
@@ -513,7 +514,26 @@ class TestTail:
                 self.last = x
                 return super().forward(x)
 
-        reasons = {Choosy: "cannot be traced", Training: "another in training", Remembering: "sets attributes"}
+        class Modes(Block):
+            def forward(self, x):
+                return super().forward(x if self.norm.training else 2 * x)
+
+        class Optional(Block):
+            def forward(self, x, scale=None):
+                return super().forward(x if scale is None else x * scale)
+
+        class Sequences(Block):  # whose branch a trace does not see
+            def forward(self, x):
+                return super().forward(x if isinstance(x, torch.Tensor) else 2 * x)
+
+        reasons = {
+            Choosy: "cannot be traced",
+            Training: "another in training",
+            Remembering: "sets attributes",
+            Modes: "another in training",
+            Optional: "takes more than x",
+            Sequences: "trace computes another",
+        }
         for kind, reason in reasons.items():
             model = nn.Sequential(kind(moskomule.SELayer(C, 4)))
             before = dict(vars(model[0]))
@@ -522,6 +542,7 @@ class TestTail:
             assert reason in row.reason
             assert type(model[0]) is kind
             assert vars(model[0]) == before
+            assert all(m.training for m in model.modules())
 
     def test_no_tail(self):
         class Used(Block):
