@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 
-import torch
 from torch import Tensor, nn
 
 from attn_kernels import functional
@@ -23,24 +22,12 @@ class FusedModule:
     _original: type[nn.Module]
 
     def forward(self, *args, **kwargs):
-        if len(args) == 1 and not kwargs and self._is_fused(args[0]):
+        if len(args) == 1 and not kwargs and self.is_fused(args[0]):
             return self._plan.compute(self, args[0], None, None, functional)
         return super().forward(*args, **kwargs)
 
-    def add_relu(self, x: Tensor, residual: Tensor, inplace: bool) -> Tensor:
-        """``relu(self(x) + residual)``; ``inplace``: the sum has the dtype of ``self(x)``, whatever the residual's."""
-        alike = isinstance(residual, Tensor) and isinstance(x, Tensor)
-        alike = alike and residual.shape == x.shape and residual.dtype == x.dtype and residual.device == x.device
-        if alike and type(residual) in (Tensor, nn.Parameter) and self._is_fused(x):
-            return self._plan.compute(self, x, residual, "relu", functional)
-        y = self.forward(x)
-        if inplace:
-            y += residual
-        else:
-            y = y + residual
-        return torch.relu(y)
-
-    def _is_fused(self, x: object) -> bool:
+    def is_fused(self, x: object) -> bool:
+        """Whether a call on ``x`` takes the fused path."""
         return can_fuse(self, self._plan, x) and not has_global_hooks()
 
     def __reduce_ex__(self, protocol):

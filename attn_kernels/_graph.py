@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -36,20 +37,29 @@ def only_user(node: fx.Node) -> fx.Node | None:
 
 
 def se_add_relu(
-    fc1: nn.Module,
-    fc2: nn.Module,
-    x: Tensor,
-    residual: Tensor,
-    inplace: bool,
-    mlp_activation: str,
-    gate: str,
+    fc1: nn.Module, fc2: nn.Module, x: Tensor, residual: Tensor, inplace: bool, mlp_activation: str, gate: str
 ) -> Tensor:
-    """``relu(se(x) + residual)``; ``inplace``: the sum has x's dtype, whatever the residual's."""
-    parameters = *weight_and_bias(fc1), *weight_and_bias(fc2)
+    """``relu(se(x) + residual)`` by the layers of a block."""
+    se = partial(functional.se, x, *weight_and_bias(fc1), *weight_and_bias(fc2))
     options = {"mlp_activation": mlp_activation, "gate": gate}
-    if residual.shape == x.shape and (inplace or residual.dtype == x.dtype):
-        return functional.se(x, *parameters, **options, residual=residual, activation="relu")
-    return torch.relu(functional.se(x, *parameters, **options) + residual)
+    if alike(x, residual):
+        return se(**options, residual=residual, activation="relu")
+    return separate_add_relu(se(**options), residual, inplace)
+
+
+def alike(x: Tensor, residual: Tensor) -> bool:
+    """Whether the residual may enter a kernel beside x: no other shape that would broadcast, no dtype that promotes."""
+    plain = type(residual) in (Tensor, nn.Parameter) and type(x) in (Tensor, nn.Parameter)
+    return plain and residual.shape == x.shape and residual.dtype == x.dtype and residual.device == x.device
+
+
+def separate_add_relu(y: Tensor, residual: Tensor, inplace: bool) -> Tensor:
+    """``relu(y + residual)``; ``inplace``: in y's dtype, whatever the residual's."""
+    if inplace:
+        y += residual
+    else:
+        y = y + residual
+    return torch.relu(y)
 
 
 def inline_gate(block: nn.Module, node: fx.Node) -> Gate | None:

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from attn_kernels import modules
+from attn_kernels import functional, modules
 from attn_kernels._adapters import Unsupported
 from attn_kernels._fused import FusedModule, can_fuse, has_global_hooks, seen_as, state_of, subclass
-from attn_kernels._graph import Gate, inline_gate, only_user
+from attn_kernels._graph import Gate, alike, inline_gate, only_user, separate_add_relu
 from attn_kernels.plans import Layer, Path, SEPlan, are_untouched, layer
 
 OURS = tuple(getattr(modules, name) for name in ("SE", "ChannelGate", "SpatialGate", "CBAM", "BAM", "SimAM"))
@@ -47,11 +47,12 @@ class FusedBlock:
     _stale = False
 
     def forward(self, *args, **kwargs):
-        if len(args) == 1 and not kwargs and self._is_fused(args[0]):
+        if len(args) == 1 and not kwargs and self.is_fused(args[0]):
             return self._tail.forward(self, args[0])
         return super().forward(*args, **kwargs)
 
-    def _is_fused(self, x: object) -> bool:
+    def is_fused(self, x: object) -> bool:
+        """Whether a call on ``x`` runs the traced forward."""
         if self._stale or has_global_hooks():
             return False
         if not are_untouched(self, self._tail.layers):
@@ -102,9 +103,12 @@ def block_class(original: type[nn.Module], tail: Tail) -> type[nn.Module]:
 
 def add_relu(gate: nn.Module, x: Tensor, residual: Tensor, inplace: bool) -> Tensor:
     """``relu(gate(x) + residual)`` by a fused module."""
-    if isinstance(gate, FusedModule):
-        return gate.add_relu(x, residual, inplace)
-    return gate.forward(x, residual, "relu")
+    if alike(x, residual):
+        if isinstance(gate, OURS):
+            return gate.forward(x, residual, "relu")
+        if gate.is_fused(x):
+            return gate._plan.compute(gate, x, residual, "relu", functional)
+    return separate_add_relu(gate.forward(x), residual, inplace)
 
 
 class _Proxy(fx.Proxy):
@@ -161,7 +165,7 @@ def _trace(block: nn.Module) -> fx.Graph:
         twin = seen_as(block, type(block))
         twin.__dict__ = {k: dict(v) if isinstance(v, dict) else v for k, v in block.__dict__.items()}
         twin.__dict__["training"] = training
-        before = dict(twin.__dict__)
+        before = _objects(twin)
         try:
             for state, _ in modes:
                 state["training"] = training
@@ -171,11 +175,18 @@ def _trace(block: nn.Module) -> fx.Graph:
         finally:
             for state, mode in modes:
                 state["training"] = mode
-        if twin.__dict__ != before:
+        if _objects(twin) != before:
             raise Unsupported("its block's forward sets attributes")
     if str(graphs[0]) != str(graphs[1]):
         raise Unsupported("its block's forward is another in training")
     return graphs[0]
+
+
+def _objects(module: nn.Module) -> dict[str, object]:
+    """The identities of all that a module holds; equality is not to be asked of proxies."""
+    return {
+        k: {name: id(t) for name, t in v.items()} if isinstance(v, dict) else id(v) for k, v in vars(module).items()
+    }
 
 
 def _module_gate(block: nn.Module, node: fx.Node) -> Gate | None:

@@ -181,9 +181,9 @@ class _Fuser:
             plan = None
             if cls in _OF_REFERENCE:
                 row, fused = row._replace(kind=_KINDS[cls.__name__]), _OF_REFERENCE[cls]
-            elif isinstance(module, reference.models._Block) and module.attention == "se":
-                if module.se is functional.se:
-                    return None, row._replace(kind="SE", reason="already fused")
+            elif _takes_se(module, functional.se):
+                return None, row._replace(kind="SE", reason="already fused")
+            elif _takes_se(module, reference.se):
                 row, fused = row._replace(kind="SE", tail=TAIL), _se_block_class(cls)
             else:
                 plan = find_plan(module)
@@ -259,6 +259,11 @@ class _Fuser:
 
     def _note(self, names: set[str], **changes: str) -> None:
         self.rows = [row._replace(**changes) if row.name in names else row for row in self.rows]
+
+
+def _takes_se(block: nn.Module, se: Callable) -> bool:
+    """Whether it is a block of ``reference.models`` that computes SE by this function."""
+    return isinstance(block, reference.models._Block) and block.attention == "se" and block.se is se
 
 
 def _is_fused_inline(block: nn.Module) -> bool:

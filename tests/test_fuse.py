@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import pickle
 import sys
 from collections.abc import Callable
@@ -352,7 +353,7 @@ class TestFallback:
         holder = nn.Sequential(jongchan.CBAM(C, 4)).to(device)
         fuse_(holder)
         holder = nn.SyncBatchNorm.convert_sync_batchnorm(holder).eval()
-        assert not holder[0]._is_fused(tensor(2, C, 5, 5).to(device))
+        assert not holder[0].is_fused(tensor(2, C, 5, 5).to(device))
 
 
 class Quantized(torch.Tensor):
@@ -498,7 +499,7 @@ class TestTail:
         (row,) = fuse_(model).rows
         assert row.tail
         model[0].drop_path.drop_prob = 0.5  # as timm's schedules do
-        assert not model[0]._is_fused(tensor(2, C, 5, 5).to(device))
+        assert not model[0].is_fused(tensor(2, C, 5, 5).to(device))
 
     def test_blocks_that_cannot_be_traced(self):
         class Choosy(Block):
@@ -536,6 +537,7 @@ class TestTail:
         }
         for kind, reason in reasons.items():
             model = nn.Sequential(kind(moskomule.SELayer(C, 4)))
+            model[0].last = None
             before = dict(vars(model[0]))
             (row,) = fuse_(model).rows
             assert row.fused
@@ -568,6 +570,17 @@ class TestTail:
             assert not row.tail
             assert type(model[0]) is kind
 
+    @pytest.mark.parametrize("gate", [moskomule.SELayer(C, 4), reference.SE(C, 4)], ids=["peer's", "reference's"])
+    def test_shortcut_that_broadcasts(self, gate, device):
+        class Pooled(Block):
+            def forward(self, x):
+                return self.act(self.gate(self.norm(x)) + x.mean((2, 3), keepdim=True))
+
+        eager = Pooled(gate).to(device).eval()
+        model, x = nn.Sequential(copy.deepcopy(eager)), tensor(2, C, 5, 5).to(device)
+        assert fuse_(model).rows[0].tail
+        torch.testing.assert_close(model(x), eager(x))
+
     def test_shortcut_of_another_dtype(self, device):
         """Out of place the sum is promoted, in place it is not."""
 
@@ -581,8 +594,11 @@ class TestTail:
                 y += x.float()
                 return self.act(y)
 
-        for kind, dtype in ((Mixed, torch.float32), (InPlace, torch.bfloat16)):
-            eager = kind(moskomule.SELayer(C, 4)).to(device, torch.bfloat16).eval()
+        cases = itertools.product(
+            ((Mixed, torch.float32), (InPlace, torch.bfloat16)), (moskomule.SELayer(C, 4), reference.SE(C, 4))
+        )
+        for (kind, dtype), gate in cases:
+            eager = kind(gate).to(device, torch.bfloat16).eval()
             model = nn.Sequential(copy.deepcopy(eager))
             assert fuse_(model).rows[0].tail
             x = tensor(2, C, 5, 5, dtype=torch.bfloat16).to(device)
