@@ -118,9 +118,9 @@ def tensor(*shape: int, layout: str = "contiguous", dtype: torch.dtype = torch.f
 
 
 def without_ties(x: torch.Tensor) -> torch.Tensor:
-    """Every plane of x in the same order, its values 1/8 apart: amax shares a gradient among equal maxima."""
+    """The planes of x in the same order, with values 1/8 apart: amax shares a gradient among equal maxima."""
     ranks = x.flatten(2).argsort(2).argsort(2).view_as(x)
-    return torch.empty_like(x).copy_(ranks / 8 - 1)
+    return torch.empty_like(x).copy_((ranks + torch.randint(-16, 16, (*x.shape[:2], 1, 1), device=x.device)) / 8)
 
 
 @pytest.fixture
@@ -141,18 +141,25 @@ def calls(monkeypatch) -> list[str]:
 class TestModules:
     """Each kind of module beside its original."""
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize(
+        ("training", "dtype", "layout"),
+        [
+            pytest.param(True, torch.float32, "channels_last", id="training, fp32"),
+            pytest.param(False, torch.float32, "contiguous", id="eval, fp32"),
+            pytest.param(True, torch.bfloat16, "contiguous", id="training, bf16"),
+        ],
+    )
     @pytest.mark.parametrize("name", BUILD)
-    def test_equals_the_original(self, name, training, dtype, device):
+    def test_equals_the_original(self, name, training, dtype, layout, device):
         eager = randomized(BUILD[name]()).to(device, dtype).train(training)
         ours, oracle = fused(copy.deepcopy(eager)), copy.deepcopy(eager).double()
-        layout = "channels_last" if training == (dtype == torch.float32) else "contiguous"
         if "Cl" in name:
             x = tensor(4, 5, 5, C, dtype=dtype).to(device)
         else:
-            x = tensor(8 if "BAM" in name else 4, C, 5, 5, layout=layout, dtype=dtype).to(device)
-            x = without_ties(x) if "add_maxpool" in name else x
+            # BatchNorm of (N, C, 1, 1) over few samples makes several units of one, in eager as well.
+            n = 8 if "BAM" in name else 16 if type(getattr(eager, "bn", None)) is nn.BatchNorm2d else 4
+            x = tensor(n, C, 5, 5, layout=layout, dtype=dtype).to(device)
+            x = without_ties(x) if getattr(eager, "add_maxpool", False) else x
         judge(ours, eager, oracle, x, None, None, torch.randn_like(x))
 
     @pytest.mark.parametrize("name", BUILD)
