@@ -368,6 +368,7 @@ def backward(
         BLOCK_C=block_c,
         BLOCK_H=block_h,
         num_warps=4,
+        maxnreg=128,
     )
     return dx, dresidual, dw1, db1, dw2, db2
 

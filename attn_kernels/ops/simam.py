@@ -197,6 +197,7 @@ def _launch_forward(
         RELU=relu,
         WHOLE=tile.block_p >= h * w,
         **tile_options(x, tile),
+        maxnreg=128,
     )
     return y
 
