@@ -1,7 +1,8 @@
 """Whole training steps and inference of ResNet-50 with each attention on an NVIDIA GPU: images/s, memory and the tax.
 
 The attention tax is the time that attention adds to a step of plain ResNet-50, computed in the same way: eagerly or by
-torch.compile. Images are synthetic. bf16 is channels_last under autocast, fp32 contiguous with TF32 convolutions.
+torch.compile. Networks of timm and torchvision are measured as they come (reference) and after ``fuse_`` (fused).
+Images are synthetic. bf16 is channels_last under autocast, fp32 contiguous with TF32 convolutions.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,13 @@ DEPTH = 50
 CLASSES = 1000
 ATTENTIONS = ("se", "cbam", "bam", "simam")
 PLAIN = f"resnet{DEPTH}"
+PEERS = (
+    "timm/seresnet50",
+    "timm/efficientnet_b0",
+    "timm/mobilenetv3_large_100",
+    "timm/regnety_032",
+    "torchvision/efficientnet_b0",
+)
 # How a network is computed, how much less telling than the rest that is, and the seconds that it takes at first.
 PROVIDERS = {"reference": (0, 8), "fused": (0, 12), "compile": (2, 100), "fused_compile": (2, 100)}
 FUSED = ("fused", "fused_compile")
@@ -43,28 +52,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--attentions", nargs="+", choices=ATTENTIONS, default=ATTENTIONS, metavar="NAME", help=", ".join(ATTENTIONS)
     )
+    parser.add_argument(
+        "--peers", nargs="*", choices=PEERS, default=PEERS, metavar="NAME", help=f"and these: {', '.join(PEERS)}"
+    )
     parser.add_argument("--batch", type=int, default=128, help="images a step (default: %(default)s)")
     parser.add_argument("--image-size", type=int, default=224, help="(default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    plan = partial(cells, arguments.attentions, arguments.batch, arguments.image_size)
+    plan = partial(cells, arguments.attentions, arguments.batch, arguments.image_size, arguments.peers)
     return runner.run(plan, {SUITE: measure}, PRIORS, arguments)
 
 
-def cells(attentions: Iterable[str] = ATTENTIONS, batch: int = 128, image_size: int = 224) -> list[Cell]:
+def cells(
+    attentions: Iterable[str] = ATTENTIONS, batch: int = 128, image_size: int = 224, peers: Iterable[str] = PEERS
+) -> list[Cell]:
     """Every cell, the plain network first: the tax of the others is above it."""
-    found = []
+    networks = [(PLAIN, None), *((f"{attention}_{PLAIN}", attention) for attention in attentions)]
+    networks += [(peer, "se") for peer in peers]
+    shape, found = (batch, 3, image_size, image_size), []
     for dtype, (layout, dtype_rank) in SETTINGS.items():
         for mode, mode_rank in MODES.items():
-            for attention in (None, *attentions):
+            for network, attention in networks:
                 for provider, (provider_rank, _) in PROVIDERS.items():
                     if attention is None and provider in FUSED:
                         continue
-                    rank = dtype_rank + mode_rank + provider_rank
-                    network = PLAIN if attention is None else f"{attention}_{PLAIN}"
+                    rank = dtype_rank + mode_rank + provider_rank + (network in PEERS)
                     fused = attention if provider in FUSED else None
-                    shape = batch, 3, image_size, image_size
                     found.append(Cell(SUITE, network, provider, shape, layout, dtype, (mode,), rank, fused))
     return found
 
@@ -84,7 +98,7 @@ def measure(cell: Cell, results: Results) -> Iterator[tuple[str, list[Measuremen
         Measurement("peak_memory", "MiB", Quantiles.exactly(peak / 2**20)),
     ]
     plain = results.find((PLAIN, PLAIN_PROVIDER[cell.provider], *cell.place[2:]), mode, "time")
-    if plain is not None and cell.kernel != PLAIN:
+    if plain is not None and cell.kernel not in (PLAIN, *PEERS):
         found.append(Measurement("attention_tax", "ms", times.times(1e3).above(plain)))
     yield mode, found
 
@@ -133,6 +147,17 @@ def steps(cell: Cell, device: torch.device) -> Callable[[], object]:
 def build(cell: Cell) -> nn.Module:
     """The network in training mode, not yet compiled."""
     torch.manual_seed(0)
+    if cell.kernel in PEERS:
+        library, name = cell.kernel.split("/")
+        if library == "timm":
+            network = import_module("timm").create_model(name)
+        else:
+            network = import_module("torchvision.models").get_model(name, weights=None)
+        if cell.fused:
+            from attn_kernels import fuse_  # here, for prepare() has to come before
+
+            fuse_(network)
+        return network
     attention = None if cell.kernel == PLAIN else cell.kernel.removesuffix(f"_{PLAIN}")
     if cell.fused:
         import attn_kernels.models as kit  # here, for prepare() has to come before

@@ -487,7 +487,7 @@ class TestMeasuring:
         monkeypatch.setattr(train, "DEPTH", 18)
         monkeypatch.setattr(timing, "STEPS", 1)
         monkeypatch.setattr(timing, "WARM_STEPS", 0)
-        cells = [cell for cell in train.cells(["se"], 2, 32) if cell.modes == (mode,) and cell.dtype == dtype]
+        cells = [cell for cell in train.cells(["se"], 2, 32, ()) if cell.modes == (mode,) and cell.dtype == dtype]
         assert len(cells) == 6
         for cell in cells:
             is_quick = cell.provider not in train.COMPILED
@@ -499,12 +499,22 @@ class TestMeasuring:
         assert results.find(network.place, mode, "attention_tax") == pytest.approx((0, 0, 0))
         assert results.find(cells[0].place, mode, "attention_tax") is None
 
+    @pytest.mark.parametrize("peer", ["timm/mobilenetv3_large_100", "torchvision/efficientnet_b0"])
+    def test_peers_before_and_after_they_are_fused(self, peer, pretended_gpu):
+        cells = [cell for cell in train.cells([], 2, 32, [peer]) if cell.kernel == peer]
+        assert {cell.provider for cell in cells} == set(train.PROVIDERS)
+        for cell in cells:
+            with torch.device("meta"):
+                network = train.build(cell)
+            names = {type(module).__name__ for module in network.modules()}
+            assert any("Fused" in name for name in names) == (cell.fused is not None)
+
     def test_a_training_step_changes_the_network(self, pretended_gpu, monkeypatch):
         monkeypatch.setattr(train, "DEPTH", 18)
         networks = []
         build = train.build
         monkeypatch.setattr(train, "build", lambda cell: networks.append(build(cell)) or networks[-1])
-        for cell in train.cells([], 2, 32)[::2]:
+        for cell in train.cells([], 2, 32, ())[::2]:
             step = train.steps(cell, torch.device("cpu"))
             before = networks[-1].fc.weight.detach().clone()
             step()
