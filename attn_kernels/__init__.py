@@ -2,8 +2,22 @@
 
 from attn_kernels import functional, models
 from attn_kernels.explain import explain
+from attn_kernels.fuse import FuseReport, fuse_, register_adapter
 from attn_kernels.modules import BAM, CBAM, SE, ChannelGate, SimAM, SpatialGate
 
-__all__ = ["BAM", "CBAM", "SE", "ChannelGate", "SimAM", "SpatialGate", "explain", "functional", "models"]
+__all__ = [
+    "BAM",
+    "CBAM",
+    "SE",
+    "ChannelGate",
+    "FuseReport",
+    "SimAM",
+    "SpatialGate",
+    "explain",
+    "functional",
+    "fuse_",
+    "models",
+    "register_adapter",
+]
 
 __version__ = "0.1.0"

@@ -18,8 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 import reference
+from reference._common import without_autocast
 from reference.bam import check_bam
 from reference.cbam import check_cbam, check_channel_gate, check_spatial_gate
+from reference.channel_attention import check_channel_attention, check_gate
 from reference.se import check_se
 from reference.simam import check_simam
 
@@ -40,6 +42,7 @@ else:
         from attn_kernels.ops import bam as _bam
         from attn_kernels.ops import cbam as _cbam
         from attn_kernels.ops import channel_gate as _channel_gate
+        from attn_kernels.ops import channel_scale as _channel_scale
         from attn_kernels.ops import simam as _simam
         from attn_kernels.ops._library import dense, like
 
@@ -49,7 +52,7 @@ else:
 # torch.compile and in its fake tensors an operator is recorded, not run.
 _PLAIN = frozenset((Tensor, nn.Parameter, FakeTensor, type(None)))
 
-__all__ = ["bam", "cbam", "channel_gate", "se", "simam", "spatial_gate"]
+__all__ = ["bam", "cbam", "channel_attention", "channel_gate", "se", "simam", "spatial_gate"]
 
 
 def why_not(x: Tensor, others: Sequence[Tensor | None] = (), norm: object = None) -> list[str]:
@@ -148,6 +151,26 @@ def channel_gate(
     return _channel_gate.channel_gate(x, *parameters, residual, pool_types, "relu", "sigmoid", activation == "relu")
 
 
+def channel_attention(
+    x: Tensor,
+    gate: Callable[..., Tensor],
+    *,
+    pool_types: Sequence[str] = ("avg",),
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    check_channel_attention(x, gate, pool_types=pool_types, residual=residual, activation=activation)
+    if not is_fused(x, (residual,)):
+        return reference.channel_attention(x, gate, pool_types=pool_types, residual=residual, activation=activation)
+
+    def checked(*pooled: Tensor) -> Tensor:
+        with without_autocast(x):
+            return check_gate(gate(*pooled), x)
+
+    x, residual = _prepare(x, residual)
+    return _channel_scale.channel_attention(x, checked, pool_types, residual, activation == "relu")
+
+
 def simam(
     x: Tensor, e_lambda: float = 1e-4, *, residual: Tensor | None = None, activation: str | None = None
 ) -> Tensor:
@@ -210,5 +233,5 @@ def bam(
     return _bam.bam(x, gate_c, gate_s, residual, activation == "relu")
 
 
-for _function in (bam, cbam, channel_gate, se, simam, spatial_gate):
+for _function in (bam, cbam, channel_attention, channel_gate, se, simam, spatial_gate):
     _function.__doc__ = getattr(reference, _function.__name__).__doc__

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-COMMANDS = ("check", "traffic", "compile", "speed", "train", "plot", "all")
+COMMANDS = ("check", "traffic", "compile", "speed", "train", "plot", "coverage", "all")
 DEFAULT = "check"
 
 

@@ -40,7 +40,7 @@ from benchmarks.machine_code import (
 from benchmarks.provenance import command, commit, versions
 from benchmarks.shapes import EFFICIENTNET_B0, LAYOUTS, MOBILENET_V3_LARGE, RESNET_50
 
-MODULES = ("SE", "ChannelGate", "SpatialGate", "CBAM", "BAM", "SimAM")
+MODULES = ("SE", "ChannelGate", "SpatialGate", "CBAM", "BAM", "SimAM", "ChannelAttention")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 BATCHES = (1, 32)
 RESULTS = Path(__file__).parent / "results" / "compile.csv"
@@ -56,8 +56,26 @@ class Site(NamedTuple):
     options: tuple[tuple[str, object], ...] = ()
 
     def build(self, kit: object) -> nn.Module:
+        if self.module == "ChannelAttention":
+            return ChannelAttention(self.map[0])
         channels = () if self.module in ("SpatialGate", "SimAM") else (self.map[0],)
         return getattr(kit, self.module)(*channels, **dict(self.options))
+
+
+class ChannelAttention(nn.Module):
+    """The functional form that has no module, with one layer as its gate."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.fc = nn.Linear(channels, channels)
+
+    def forward(self, x, residual=None, activation=None):
+        from attn_kernels.functional import channel_attention
+
+        def gate(mean, maximum):
+            return torch.sigmoid(self.fc((mean + maximum).to(self.fc.weight.dtype)))
+
+        return channel_attention(x, gate, pool_types=("avg", "max"), residual=residual, activation=activation)
 
 
 def _se(network: str, channels: int, side: int, hidden: int, activation: str, gate: str) -> Site:
@@ -85,6 +103,8 @@ OPTION_SITES = (
     Site("options", "CBAM", (512, 28, 28)),
     Site("options", "BAM", (512, 28, 28), True),
     Site("options", "SimAM", (512, 28, 28), True),
+    Site("options", "ChannelAttention", (1024, 14, 14)),
+    Site("options", "ChannelAttention", (1024, 14, 14), True),
 )
 
 

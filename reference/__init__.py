@@ -2,6 +2,7 @@
 
 from reference.bam import BAM, bam
 from reference.cbam import CBAM, ChannelGate, SpatialGate, cbam, channel_gate, spatial_gate
+from reference.channel_attention import channel_attention
 from reference.se import SE, se
 from reference.simam import SimAM, simam
 
@@ -14,6 +15,7 @@ __all__ = [
     "SpatialGate",
     "bam",
     "cbam",
+    "channel_attention",
     "channel_gate",
     "se",
     "simam",

@@ -12,10 +12,28 @@ from torch import Tensor, nn
 import attn_kernels
 import reference
 from benchmarks.accuracy import compare
+from reference._common import like_parameters
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 ALL_POOLS = ("avg", "max", "lp", "lse")
+
+
+class ChannelAttention(nn.Module):
+    """A module around ``channel_attention``, which has none: two layers on maximum and mean."""
+
+    def __init__(self, kit: object, channels: int):
+        super().__init__()
+        self.function = getattr(kit, "functional", kit).channel_attention
+        self.fc1, self.fc2 = nn.Linear(channels, 5), nn.Linear(5, channels)
+
+    def gate(self, maximum: Tensor, mean: Tensor) -> Tensor:
+        t = like_parameters(maximum / 2 + mean, self)
+        return torch.sigmoid(self.fc2(torch.tanh(self.fc1(t))))
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
+        return self.function(x, self.gate, pool_types=("max", "avg"), residual=residual, activation=activation)
+
 
 # name: (module's name, constructor's arguments from C)
 MODULES: dict[str, Callable[[object, int], nn.Module]] = {
@@ -25,6 +43,7 @@ MODULES: dict[str, Callable[[object, int], nn.Module]] = {
     "cbam": lambda kit, c: kit.CBAM(c, 4),
     "bam": lambda kit, c: kit.BAM(c, 4),
     "simam": lambda kit, c: kit.SimAM(),
+    "channel_attention": ChannelAttention,
 }
 
 
@@ -58,7 +77,7 @@ def run(module: nn.Module, x: Tensor, residual: Tensor | None, activation: str |
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     if residual is not None:
         residual = residual.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    y = module(x, residual, activation)
+    y = module(x) if residual is activation is None else module(x, residual, activation)
     inputs = {"x": x, **({} if residual is None else {"residual": residual}), **dict(module.named_parameters())}
     gradients = torch.autograd.grad(y, list(inputs.values()), dy.to(y.dtype))
     return Run(y, dict(zip(inputs, gradients, strict=True)), {k: b.double() for k, b in module.named_buffers()})
@@ -96,10 +115,24 @@ def check(
     residual = None if residual is None else residual.contiguous(memory_format=LAYOUTS[layout])
     dy = torch.randn(shape, device=device, dtype=torch.float64).to(dtype)
 
+    judge(fused, eager, oracle, x, residual, activation, dy)
+
+
+def judge(
+    fused: nn.Module,
+    eager: nn.Module,
+    oracle: nn.Module,
+    x: Tensor,
+    residual: Tensor | None,
+    activation: str | None,
+    dy: Tensor,
+) -> None:
+    """Assert that one pass of ``fused`` is as near to ``oracle``, in float64, as the accuracy rule wants it."""
+    dtype = x.dtype
     got = run(fused, x, residual, activation, dy)
     # In float64 eager's error shows only against itself with its sums in another order: that of the other layout.
-    other = LAYOUTS[layout] if dtype != torch.float64 else next(v for k, v in LAYOUTS.items() if k != layout)
-    want = run(eager, x.contiguous(memory_format=other), residual, activation, dy)
+    other = "contiguous" if x.is_contiguous() == (dtype != torch.float64) else "channels_last"
+    want = run(eager, x.contiguous(memory_format=LAYOUTS[other]), residual, activation, dy)
     exact = run(oracle, x.double(), None if residual is None else residual.double(), activation, dy.double())
 
     assert got.y.dtype == dtype

@@ -24,6 +24,7 @@ ARGUMENTS = {
     "cbam": ("x", *MLP, "conv_weight", "norm"),
     "bam": ("x", "gate_c", "gate_s"),
     "simam": ("x",),
+    "channel_attention": ("x", "gate"),
 }
 
 
@@ -40,6 +41,7 @@ def good_arguments(op: str, device: torch.device) -> dict[str, Any]:
         "norm": nn.BatchNorm2d(1),
         "gate_c": bam.channel_att.gate_c,
         "gate_s": bam.spatial_att.gate_s,
+        "gate": nn.Sigmoid(),
     }
     return {name: values[name].to(device) for name in ARGUMENTS[op]}
 
@@ -256,6 +258,40 @@ SPECIFIC: dict[str, list[Any]] = {
         ),
         ("infinite lambda", {"e_lambda": given(float("inf"))}, ValueError, "e_lambda: expected a finite .*, got inf"),
         ("lambda string", {"e_lambda": given("0.1")}, ValueError, "e_lambda: expected a finite number >= 0, got '0.1'"),
+    ],
+    "channel_attention": [
+        *EVERY_POOLING,
+        (
+            "pool of no kernel",
+            {"pool_types": given(("avg", "lse"))},
+            ValueError,
+            "pool_types: expected one of 'avg', 'max', got 'lse'",
+        ),
+        ("gate None", {"gate": given(None)}, TypeError, "gate: expected a function of the pooled .*, got NoneType"),
+        (
+            "gate that returns nothing",
+            {"gate": given(lambda mean: None)},
+            TypeError,
+            r"gate\(\.\.\.\): expected a torch\.Tensor, got NoneType",
+        ),
+        (
+            "gate that would broadcast",
+            {"gate": given(lambda mean: mean[:1])},
+            ValueError,
+            r"gate\(\.\.\.\): expected shape \(2, 8\) for x of shape .*, got \(1, 8\)",
+        ),
+        (
+            "gate of integers",
+            {"gate": given(lambda mean: mean.long())},
+            TypeError,
+            rf"gate\(\.\.\.\): expected dtype {FLOATS}, got int64",
+        ),
+        (
+            "gate on another device",
+            {"gate": given(meta)},
+            ValueError,
+            r"gate\(\.\.\.\): expected device \S+ like x, got meta",
+        ),
     ],
     "bam": [
         (

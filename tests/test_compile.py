@@ -262,10 +262,10 @@ class TestAddresses:
         return found
 
     @pytest.mark.parametrize("layout", LAYOUTS)
-    @pytest.mark.parametrize("name", ["SE", "CBAM", "BAM", "SimAM"])
+    @pytest.mark.parametrize("name", ["SE", "CBAM", "BAM", "SimAM", "ChannelAttention"])
     def test_reach_the_last_element_and_no_further(self, name, layout, touched):
         with torch.device("meta"):
-            module = getattr(attn_kernels, name)(*(() if name == "SimAM" else (self.SHAPE[1],)))
+            module = Site("", name, self.SHAPE[1:]).build(attn_kernels)
             x = torch.empty(self.SHAPE, dtype=torch.float16).to(memory_format=LAYOUTS[layout]).requires_grad_()
         with launching_on_meta(2112 if name == "BAM" else 132):  # more, so that a program of BAM's has few samples
             y = module(x, x, "relu")

@@ -55,6 +55,22 @@ def test_channel_gate(layout, pools, device):
     _check(lambda x, *mlp: F.channel_gate(x, *mlp, pool_types=pools.split()), x, *_mlp(device), fast=fast)
 
 
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("pools", ["avg", "max", "max avg"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_channel_attention(layout, pools, activation, device):
+    x, residual = (_x(layout, device).requires_grad_() for _ in range(2))
+    w = _leaf(3, 3).to(device).detach().requires_grad_()
+
+    def function(x, residual, w):
+        def gate(*pooled):
+            return torch.sigmoid(sum((i + 1) * p for i, p in enumerate(pooled)) @ w)
+
+        return F.channel_attention(x, gate, pool_types=pools.split(), residual=residual, activation=activation)
+
+    _check(function, x, residual, w, fast=layout == "channels_last")
+
+
 def _functional_norm(norm, weight, bias):
     """A BatchNorm2d of the kind that the kernels take, whose parameters gradcheck can move."""
     norm = nn.BatchNorm2d(1, momentum=0.1, track_running_stats=norm.track_running_stats).to(weight).train(norm.training)

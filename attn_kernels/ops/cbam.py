@@ -809,10 +809,17 @@ def _formula(pool_types: Sequence[str], batch_statistics: bool, eps: float, stat
     return formula
 
 
+def _is_batch_norm(norm: object) -> bool:
+    """A BatchNorm2d, or timm's BatchNormAct2d that adds nothing to one."""
+    if isinstance(norm, nn.BatchNorm2d) and type(norm).__name__ == "BatchNormAct2d":
+        return type(norm.drop) is type(norm.act) is nn.Identity
+    return type(norm) is nn.BatchNorm2d
+
+
 def is_fusable(norm: object) -> bool:
     """Whether the kernels can stand for this norm: a plain BatchNorm2d of one channel with its usual buffers."""
     return (
-        type(norm) is nn.BatchNorm2d
+        _is_batch_norm(norm)
         and norm.num_features == 1
         and (norm.running_mean is None) == (norm.running_var is None)
         and (norm.momentum is not None or norm.num_batches_tracked is not None or norm.running_mean is None)

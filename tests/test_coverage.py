@@ -1,0 +1,58 @@
+"""The coverage of timm's and torchvision's architectures: what is recorded, and the command that records it."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from attn_kernels._adapters import ADAPTERS
+from benchmarks.__main__ import main
+from benchmarks.coverage import RESULTS, configuration
+from tests.test_fuse import BUILD
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def recorded() -> list[dict[str, str]]:
+    return read(RESULTS)
+
+
+def test_every_module_of_every_architecture_is_known(recorded):
+    counts = {library: sum(row["library"] == library for row in recorded) for library in ("timm", "torchvision")}
+    assert counts["timm"] == 350
+    assert counts["torchvision"] >= 23
+    for row in recorded:
+        assert row["missed"] == row["left"] == "0", row
+        assert row["fused"] == row["found"], row
+
+
+def test_every_configuration_is_tested(recorded):
+    """Each has its row in test_fuse, beside its original in training and in evaluation."""
+    found = {c for row in recorded for c in row["configurations"].split("; ")}
+    assert found <= {configuration(build()) for build in BUILD.values()}
+
+
+def test_tails_of_resnets_are_fused(recorded):
+    rows = {row["architecture"]: row for row in recorded}
+    for name in ("seresnet50", "seresnext101_32x8d", "legacy_seresnet18", "legacy_senet154", "seresnet18"):
+        if name in rows:
+            assert rows[name]["tails"] == rows[name]["fused"], name
+    assert rows["efficientnet_b0"]["tails"] == "0"
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_command(known, tmp_path, monkeypatch, capsys):
+    if not known:
+        monkeypatch.setitem(ADAPTERS, "SqueezeExcitation", lambda module: None)
+    path = tmp_path / "coverage.csv"
+    names = ["mobilenet_v3_small", "resnet18", "regnet_y_400mf"]
+    assert main(["coverage", "--architectures", *names, "--output", str(path)]) == (not known)
+    rows = {row["architecture"]: row for row in read(path)}
+    assert rows.keys() == {"mobilenet_v3_small", "regnet_y_400mf"}
+    assert rows["mobilenet_v3_small"]["found"] == "9"
+    assert rows["mobilenet_v3_small"]["missed"] == ("0" if known else "9")
+    assert ("WRONG mobilenet_v3_small: 9 modules passed over" in capsys.readouterr().out) == (not known)
