@@ -19,7 +19,7 @@ from benchmarks.device import prepare
 ATTENTIONS = ("SE", "CBAM", "BAM", "SimAM")
 CHANNELS = 8
 BATCH = 8
-INTERPRETED_STEPS, STEPS = 30, 1000
+INTERPRETED_STEPS, STEPS = 20, 1000
 OUT = Path(__file__).parents[1] / "docs" / "digits.png"
 
 
@@ -52,7 +52,7 @@ def train(kit: object, attention: str, steps: int, device: torch.device) -> list
     """The loss at each step; the same weights and batches for every ``kit``."""
     torch.manual_seed(0)
     network = Network(kit, attention).to(device)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.02, momentum=0.9)
     images, labels = digits(device)
     losses = []
     for _ in range(steps):
