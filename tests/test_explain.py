@@ -253,7 +253,6 @@ def test_modules_of_fuse_that_changed(device):
 
 
 def test_maps_and_norms_of_fuse(device):
-    torch.manual_seed(1)
     module = _fused(jongchan.BAM(8, 2), device)
     assert "x is not square" in _reason_of_fused(module, _x(device))
     assert explain(module, _x(device)[:, :, :4]).fused
