@@ -69,8 +69,25 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+class ChannelAttention(nn.Module):
+    """``channel_attention``, of which there is no module, with one layer for a gate."""
+
+    def __init__(self, kit: object):
+        super().__init__()
+        self.function = getattr(kit, "functional", kit).channel_attention
+        self.fc = nn.Linear(CHANNELS, CHANNELS)
+
+    def gate(self, mean: Tensor, maximum: Tensor) -> Tensor:
+        return torch.sigmoid(self.fc(mean + maximum))
+
+    def forward(self, x: Tensor, residual: Tensor, activation: str) -> Tensor:
+        return self.function(x, self.gate, pool_types=("avg", "max"), residual=residual, activation=activation)
+
+
 def build(kit: object, name: str) -> nn.Module:
     """The named module of ``attn_kernels`` or ``reference``, for CHANNELS channels."""
+    if name == "channel_attention":
+        return ChannelAttention(kit)
     return getattr(kit, name)(*(() if name == "SpatialGate" else (CHANNELS,)))
 
 
@@ -114,13 +131,13 @@ def self_check() -> bool:
     """Print a line a module, forward and backward; return whether all agree with the reference."""
     print(f"Self-check on {device()}: float32, forward and backward, against the reference in float64")
     agree = True
-    for name in NAMES:
+    for name in (*NAMES, "channel_attention"):
         try:
             found = error(name)
             verdict = f"{'ok' if found <= TOLERANCE else 'WRONG'}, error {found:.1e} of {TOLERANCE:.0e}"
         except Exception as raised:  # of whatever kind: the other modules are still to be checked
             found, verdict = float("inf"), f"FAILED, {type(raised).__name__}: {str(raised).splitlines()[0]}"
-        print(f"  {name:<12} {verdict}", flush=True)
+        print(f"  {name:<17} {verdict}", flush=True)
         agree &= found <= TOLERANCE
     return agree
 

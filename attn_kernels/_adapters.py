@@ -202,7 +202,7 @@ def cbam(module: nn.Module) -> Plan | None:
     if layer(module, ("SpatialGate",)) is None:
         return ChannelGatePlan(**paths, pool_types=pools)
     plan = CBAMPlan(
-        **paths, pool_types=pools, conv=_path("SpatialGate.spatial.conv"), norm=_path("SpatialGate.spatial.bn")
+        **paths, pool_types=pools, conv=_path("SpatialGate.spatial.conv"), bn=_path("SpatialGate.spatial.bn")
     )
     _check_spatial(module, plan)
     return plan
@@ -220,7 +220,7 @@ def _channel_pools(gate: nn.Module, plan: ChannelGatePlan) -> tuple[str, ...]:
 
 
 def _check_spatial(module: nn.Module, plan: SpatialGatePlan) -> None:
-    conv, norm = layer(module, plan.conv), layer(module, plan.norm)
+    conv, norm = layer(module, plan.conv), plan.norm(module)
     if type(conv) is not nn.Conv2d or conv.bias is not None or conv.weight.shape[:2] != (1, 2):
         raise Unsupported("the spatial gate has no convolution from 2 maps to 1 without bias")
     kernel = conv.kernel_size[0]
@@ -242,7 +242,7 @@ def cbam_of_timm(module: nn.Module) -> Plan | None:
         fc1=_path("channel.fc1"),
         fc2=_path("channel.fc2"),
         conv=_path("spatial.conv.conv"),
-        norm=_path("spatial.conv.bn"),
+        bn=_path("spatial.conv.bn"),
         mean_first=True,
     )
     _check_all_layers(layer(module, ("channel",)), ("fc1",), ("fc2",))

@@ -28,26 +28,28 @@ class FusedModule:
 
     def is_fused(self, x: object) -> bool:
         """Whether a call on ``x`` takes the fused path."""
-        return can_fuse(self, self._plan, x) and not has_global_hooks()
+        return not self.why_not(x)
+
+    def why_not(self, x: object) -> list[str]:
+        """Why a call on ``x`` does not take the fused path; empty where it does."""
+        return why_not(self, self._plan, x) + global_hooks()
 
     def __reduce_ex__(self, protocol):
         return _rebuild, (self._original, self._plan), state_of(self)
 
 
-def can_fuse(module: nn.Module, plan: Plan, x: object) -> bool:
-    """Whether the plan stands for the module on ``x``, and kernels compute it."""
-    return (
-        type(x) in (Tensor, nn.Parameter)
-        and x.dim() == 4
-        and x.dtype in DTYPES
-        and functional.is_fused(x)
-        and plan.applies(module, x)
-    )
+def why_not(module: nn.Module, plan: Plan, x: object) -> list[str]:
+    """Why the plan does not stand for the module on ``x``, or no kernels compute it; empty where they do."""
+    if type(x) not in (Tensor, nn.Parameter):
+        return [f"x is a {type(x).__name__}, and the kernels read plain tensors"]
+    if x.dim() != 4 or x.dtype not in DTYPES:
+        return [f"x is a tensor of {x.dtype} with {x.dim()} dimensions"]
+    return functional.why_not(x) + plan.why_not(module, x)
 
 
-def has_global_hooks() -> bool:
-    """Whether there are hooks on every module, which would miss the calls that a fused one bypasses."""
-    return bool(nn.modules.module._has_any_global_hook())
+def global_hooks() -> list[str]:
+    """That there are hooks on every module, if so: they would miss the calls that a fused one bypasses."""
+    return ["hooks on every module"] if nn.modules.module._has_any_global_hook() else []
 
 
 def state_of(module: nn.Module) -> dict:

@@ -18,9 +18,9 @@ from torch import Tensor, fx, nn
 
 from attn_kernels import functional, modules
 from attn_kernels._adapters import Unsupported
-from attn_kernels._fused import FusedModule, can_fuse, has_global_hooks, seen_as, state_of, subclass
+from attn_kernels._fused import FusedModule, global_hooks, seen_as, state_of, subclass, why_not
 from attn_kernels._graph import Gate, alike, inline_gate, only_user, separate_add_relu
-from attn_kernels.plans import Layer, Path, SEPlan, are_untouched, layer
+from attn_kernels.plans import Layer, Path, SEPlan, changes, layer
 
 OURS = tuple(getattr(modules, name) for name in ("SE", "ChannelGate", "SpatialGate", "CBAM", "BAM", "SimAM"))
 _RELUS = {F.relu, torch.relu, F.relu_, torch.relu_}
@@ -53,14 +53,21 @@ class FusedBlock:
 
     def is_fused(self, x: object) -> bool:
         """Whether a call on ``x`` runs the traced forward."""
-        if self._stale or has_global_hooks():
-            return False
-        if not are_untouched(self, self._tail.layers):
-            return False
+        return not self.why_not(x)
+
+    def why_not(self, x: object) -> list[str]:
+        """Why a call on ``x`` does not run the traced forward; empty where it does."""
+        reasons = global_hooks()
+        if self._stale:
+            reasons.append("an attribute of the block was set")
+        reasons += changes(self, self._tail.layers)
         for path in self._tail.droppers:
-            if _drop_probability(layer(self, path)):
-                return False
-        return all(can_fuse(self, plan, x) for plan in self._tail.plans)
+            dropper = layer(self, path)
+            if dropper is not None and (p := _drop_probability(dropper)):
+                reasons.append(f"{'.'.join(path)} drops with probability {p:.2g}")
+        for plan in self._tail.plans:
+            reasons += why_not(self, plan, x)
+        return reasons
 
     def __setattr__(self, name, value):
         if name != "training" and not name.startswith("_"):
@@ -220,8 +227,8 @@ def _fuse(graph: fx.Graph, block: nn.Module, gate: Gate) -> list[str] | None:
         raise Unsupported("its block uses its input again")
     names = [node.target for node in (*gate.nodes, *chain[1:], relu) if node.op == "call_module"]
     for name in names:
-        if not are_untouched(block, (Layer.of(block, tuple(name.split("."))),)):
-            raise Unsupported(f"hooks on {name}")
+        for reason in changes(block, (Layer.of(block, tuple(name.split("."))),)):
+            raise Unsupported(reason)
     with graph.inserting_before(add):
         modules = [graph.get_attr(name) for name in gate.modules]
         options = () if gate.plan is None else (gate.plan.mlp_activation, gate.plan.gate)

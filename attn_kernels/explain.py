@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import reference
+from attn_kernels._fused import FusedModule
+from attn_kernels._tail import FusedBlock
 from attn_kernels.functional import why_not
 from attn_kernels.modules import BAM, CBAM, SE, ChannelGate, SimAM, SpatialGate
 from attn_kernels.ops._library import is_dense, layout
@@ -20,16 +22,17 @@ class Explanation:
 
     Attributes:
         call: the module, and the shape, dtype and device of its input.
-        reasons: why the reference formula runs; empty where the kernels do.
-        layout: "contiguous" or "channels_last", in which the kernels run; None for the reference formula, which takes
-            its input as it comes.
+        reasons: why the kernels do not run; empty where they do.
+        layout: "contiguous" or "channels_last", in which the kernels run; None where they do not.
         copied: whether the input is copied first, because it is dense in neither layout.
+        otherwise: what runs in place of the kernels, where they do not.
     """
 
     call: str
     reasons: tuple[str, ...]
     layout: str | None
     copied: bool
+    otherwise: str = ""
 
     @property
     def fused(self) -> bool:
@@ -37,7 +40,7 @@ class Explanation:
         return not self.reasons
 
     def __str__(self) -> str:
-        lines = [f"{self.call}: {f'fused, {self.layout}' if self.fused else 'the reference formula'}"]
+        lines = [f"{self.call}: {f'fused, {self.layout}' if self.fused else self.otherwise}"]
         lines += [f"  because {reason}" for reason in self.reasons]
         if self.copied:
             lines.append(f"  x is dense in neither layout: it is copied to {self.layout} first")
@@ -48,9 +51,10 @@ def explain(module: nn.Module, x: Tensor, residual: Tensor | None = None) -> Exp
     """Say what ``module(x, residual)`` does here and now, without doing it.
 
     Args:
-        module: an ``SE``, ``BAM``, ``CBAM``, ``ChannelGate``, ``SpatialGate`` or ``SimAM``.
+        module: an ``SE``, ``BAM``, ``CBAM``, ``ChannelGate``, ``SpatialGate`` or ``SimAM``, or a module or residual
+            block that ``fuse_`` made. Of a block, its attention is asked about ``x``, too, for want of its input.
         x: (N, C, H, W), float16, bfloat16, float32 or float64, in any layout.
-        residual: the shape of ``x``.
+        residual: the shape of ``x``; None for what ``fuse_`` made, which takes no other argument.
 
     Returns:
         Whether the kernels run, every reason why they do not, the layout, and whether ``x`` is copied.
@@ -59,17 +63,22 @@ def explain(module: nn.Module, x: Tensor, residual: Tensor | None = None) -> Exp
         TypeError, ValueError: another module, or an ``x`` or ``residual`` that the module refuses.
     """
     check_input(x, residual, None)
-    n, c, h, w = x.shape
-    call = f"{type(module).__name__} on ({n}, {c}, {h}, {w}) {str(x.dtype).removeprefix('torch.')} {x.device}"
+    call = f"{type(module).__name__} on {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} {x.device}"
     reasons = tuple(_reasons(module, x, residual))
     if reasons:
-        return Explanation(call, reasons, None, False)
+        formula = "plain PyTorch" if isinstance(module, FusedModule | FusedBlock) else "the reference formula"
+        return Explanation(call, reasons, None, False, formula)
+    x = module._plan.nchw(x) if isinstance(module, FusedModule) else x
     name = "channels_last" if layout(x) == torch.channels_last else "contiguous"
     return Explanation(call, (), name, not is_dense(x))
 
 
 def _reasons(module: nn.Module, x: Tensor, residual: Tensor | None) -> list[str]:
     """Those of ``why_not`` on what the module's forward pass gives it."""
+    if isinstance(module, FusedModule | FusedBlock):
+        if residual is not None:
+            raise TypeError(f"residual: expected None, since {type(module).__name__} takes only x, got a tensor")
+        return module.why_not(x) or _reasons_within(module, x)
     if isinstance(module, CBAM) and module.no_spatial:
         module = module.ChannelGate
     if isinstance(module, SE | ChannelGate):
@@ -86,4 +95,12 @@ def _reasons(module: nn.Module, x: Tensor, residual: Tensor | None) -> list[str]
     names = (reference.SE, reference.BAM, reference.CBAM, reference.SimAM, reference.ChannelGate, reference.SpatialGate)
     if isinstance(module, names):
         return ["the module is reference's, not attn_kernels'"]
-    raise TypeError(f"module: expected a module of attn_kernels, got {type(module).__name__}")
+    raise TypeError(f"module: expected a module of attn_kernels or of fuse_, got {type(module).__name__}")
+
+
+def _reasons_within(module: FusedModule | FusedBlock, x: Tensor) -> list[str]:
+    """What the functional form that a module enters has to say, or the modules that a block calls."""
+    if isinstance(module, FusedModule):
+        return why_not(module._plan.nchw(x), (), module._plan.norm(module))
+    names = filter(None, module._tail.gates)
+    return [f"{name}: {reason}" for name in names for reason in _reasons(module.get_submodule(name), x, None)]

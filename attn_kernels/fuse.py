@@ -15,7 +15,7 @@ from attn_kernels._adapters import Unsupported, find_plan, register_adapter
 from attn_kernels._fused import FusedModule, fused_class, seen_as, subclass
 from attn_kernels._probe import verify, verify_forward
 from attn_kernels._tail import OURS, FusedBlock, Tail, block_class, find_tail
-from attn_kernels.plans import Plan, are_untouched
+from attn_kernels.plans import Plan, changes
 from reference._common import DTYPES
 
 __all__ = ["FuseReport", "Row", "Unsupported", "fuse_", "register_adapter"]
@@ -206,9 +206,8 @@ class _Fuser:
         Raises:
             Unsupported: it does not, or something stands in the way of the fused path.
         """
-        for part in plan.bypassed:
-            if not are_untouched(module, (part,)):
-                raise Unsupported(f"hooks on {'.'.join(part.path)}")
+        for reason in changes(module, plan.bypassed):
+            raise Unsupported(reason)
         for t in plan.tensors(module):
             if t is not None and (type(t) not in (torch.Tensor, nn.Parameter) or t.dtype not in DTYPES):
                 raise Unsupported(f"a parameter is a {type(t).__name__} of {t.dtype}")

@@ -41,14 +41,19 @@ class Layer(NamedTuple):
         return cls(path, type(found), len(found._modules), len(found._parameters))
 
 
-def are_untouched(module: nn.Module, layers: tuple[Layer, ...]) -> bool:
-    """Whether the submodules still are what they were, and calling one would run nothing but its class's forward."""
-    for path, kind, children, parameters in layers:
+def changes(module: nn.Module, layers: tuple[Layer, ...]) -> list[str]:
+    """Which of the submodules are not what they were, or would run more than their class's forward; empty as a rule."""
+    found_changes = []
+    for expected in layers:
+        path, kind, children, parameters = expected
         found = module
         for name in path:
             found = found._modules.get(name)
             if found is None:
-                return False
+                break
+        if found is None:
+            found_changes.append(f"{'.'.join(path)} is gone")
+            continue
         state = found.__dict__  # by which all of this takes a third of the time
         if (
             type(found) is not kind
@@ -60,8 +65,20 @@ def are_untouched(module: nn.Module, layers: tuple[Layer, ...]) -> bool:
             or len(state["_modules"]) != children
             or len(state["_parameters"]) != parameters
         ):
-            return False
-    return True
+            found_changes.append(_change(found, expected))
+    return found_changes
+
+
+def _change(found: nn.Module, expected: Layer) -> str:
+    """What was done to a submodule."""
+    name = ".".join(expected.path)
+    if type(found) is not expected.kind:
+        return f"{name} is a {type(found).__name__}, no longer a {expected.kind.__name__}"
+    if "forward" in vars(found):
+        return f"the forward of {name} was replaced on the instance"
+    if (len(found._modules), len(found._parameters)) != (expected.children, expected.parameters):
+        return f"{name} has other children or parameters than it had"
+    return f"hooks on {name}"
 
 
 def is_plain(t: Tensor | None, x: Tensor) -> bool:
@@ -71,21 +88,21 @@ def is_plain(t: Tensor | None, x: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Plan:
-    """The base of all plans: ``compute`` is called in place of the module's forward where :meth:`applies` is true."""
+    """The base of all plans: ``compute`` stands for the module's forward where :meth:`why_not` says nothing."""
 
     bypassed: tuple[Layer, ...] = ()
     """Every submodule whose call the plan replaces: where one is touched, by a hook say, the plan does not apply."""
 
     kind = "attention"
 
-    def applies(self, module: nn.Module, x: Tensor) -> bool:
-        """Whether the module still is what the plan was made for, so that ``compute`` stands for its forward."""
-        if not are_untouched(module, self.bypassed):
-            return False
-        for t in self.tensors(module):  # noqa: SIM110 - a generator takes longer
-            if not is_plain(t, x):
-                return False
-        return True
+    def why_not(self, module: nn.Module, x: Tensor) -> list[str]:
+        """Why ``compute`` does not stand for the module's forward on ``x``; empty where it does."""
+        reasons = changes(module, self.bypassed)
+        if not reasons:
+            for t in self.tensors(module):
+                if not is_plain(t, x):
+                    reasons.append(f"a parameter is a {type(t).__name__} of {t.dtype} on {t.device}")
+        return reasons
 
     def bypasses(self, path: Path) -> bool:
         """Whether ``compute`` does not call the submodule at ``path``."""
@@ -94,6 +111,14 @@ class Plan:
     def tensors(self, module: nn.Module) -> tuple[Tensor | None, ...]:
         """The parameters that the kernels read."""
         return ()
+
+    def norm(self, module: nn.Module) -> nn.Module | None:
+        """The norm that the kernels compute, where there is one."""
+        return None
+
+    def nchw(self, x: Tensor) -> Tensor:
+        """A view of the module's input, with the channel where the functional forms have it."""
+        return x
 
     def channels(self, module: nn.Module) -> int:
         """The channels that the module takes; any number will do where it takes any."""
@@ -136,16 +161,17 @@ class SEPlan(Plan):
     def channels(self, module):
         return layer(module, self.fc1).weight.shape[1]
 
+    def nchw(self, x):
+        return x.permute(0, 3, 1, 2) if self.nhwc else x
+
     def compute(self, module, x, residual, activation, ops):
-        if self.nhwc:
-            x, residual = x.permute(0, 3, 1, 2), None if residual is None else residual.permute(0, 3, 1, 2)
         y = ops.se(
-            x,
+            self.nchw(x),
             *weight_and_bias(layer(module, self.fc1)),
             *weight_and_bias(layer(module, self.fc2)),
             mlp_activation=self.mlp_activation,
             gate=self.gate,
-            residual=residual,
+            residual=None if residual is None else self.nchw(residual),
             activation=activation,
         )
         return y.permute(0, 2, 3, 1) if self.nhwc else y
@@ -164,8 +190,9 @@ class GatePlan(Plan):
 
     kind = "SE, gate by PyTorch"
 
-    def applies(self, module, x):
-        return super().applies(module, x) and all(layer(module, path) is not None for path in self.chain)
+    def why_not(self, module, x):
+        gone = [f"{'.'.join(path)} is gone" for path in self.chain if layer(module, path) is None]
+        return super().why_not(module, x) + gone
 
     def bypasses(self, path):
         return not any(path[: len(called)] == called for called in self.chain)
@@ -216,7 +243,7 @@ class SpatialGatePlan(Plan):
     """CBAM's spatial gate. ``mean_first``: its convolution takes the mean, then the maximum."""
 
     conv: Path = ("spatial", "conv")
-    norm: Path = ("spatial", "bn")
+    bn: Path = ("spatial", "bn")
     mean_first: bool = False
 
     kind = "CBAM, spatial gate"
@@ -225,13 +252,16 @@ class SpatialGatePlan(Plan):
         weight = layer(module, self.conv).weight
         return weight.flip(1) if self.mean_first else weight
 
+    def norm(self, module):
+        return layer(module, self.bn)
+
     def tensors(self, module):
-        buffers = layer(module, self.norm)._buffers
-        return *_parameters(module, self.conv, self.norm), buffers.get("running_mean"), buffers.get("running_var")
+        buffers = layer(module, self.bn)._buffers
+        return *_parameters(module, self.conv, self.bn), buffers.get("running_mean"), buffers.get("running_var")
 
     def compute(self, module, x, residual, activation, ops):
         return ops.spatial_gate(
-            x, self.conv_weight(module), layer(module, self.norm), residual=residual, activation=activation
+            x, self.conv_weight(module), self.norm(module), residual=residual, activation=activation
         )
 
 
@@ -249,7 +279,7 @@ class CBAMPlan(SpatialGatePlan, ChannelGatePlan):
             x,
             *self.mlp(module),
             self.conv_weight(module),
-            layer(module, self.norm),
+            self.norm(module),
             pool_types=self.pool_types,
             residual=residual,
             activation=activation,
@@ -269,8 +299,11 @@ class BAMPlan(Plan):
 
     kind = "BAM"
 
-    def applies(self, module, x):
-        return (not self.square or x.shape[2] == x.shape[3]) and super().applies(module, x)
+    def why_not(self, module, x):
+        reasons = super().why_not(module, x)
+        if self.square and x.shape[2] != x.shape[3]:
+            reasons.append("x is not square, and of such a map the module does not take the mean")
+        return reasons
 
     def tensors(self, module):
         branches = layer(module, self.gate_c), layer(module, self.gate_s)

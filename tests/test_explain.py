@@ -3,23 +3,27 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.utils.parametrize as parametrize
 from torch import nn
 from torch.autograd import forward_ad
 
 import attn_kernels
 import reference
 from attn_kernels import __main__ as command
-from attn_kernels import explain, functional
+from attn_kernels import explain, functional, fuse_
 from tests.harness import LAYOUTS, MODULES, pair, real_input
+from tests.peers import jongchan, moskomule, simam_module
+from tests.test_fuse import SqueezeExciteCl, timm
 from tests.test_import import WITHOUT_TRITON, python
 from tests.test_pytorch import Quantized
 
 
-@pytest.fixture(params=MODULES)
+@pytest.fixture(params=[name for name in MODULES if name != "channel_attention"])  # which has no module
 def module(request, device):
     return pair(lambda kit: MODULES[request.param](kit, 8), device)[0].eval()
 
@@ -193,8 +197,91 @@ def test_reference_module(device):
     assert "reference's" in _reason(reference.SE(8).to(device), _x(device))
 
 
+def _fused(module, device):
+    """A module of another library, fused."""
+    model = nn.Sequential(module.to(device).eval())
+    assert fuse_(model).fused == 1
+    return model[0]
+
+
+def _reason_of_fused(module, x):
+    """The only reason why a module that ``fuse_`` made runs its own forward."""
+    explanation = explain(module, x)
+    assert not explanation.fused
+    assert not module.is_fused(x)
+    assert f"on {tuple(x.shape)} float32 {x.device}: plain PyTorch" in str(explanation)
+    (reason,) = explanation.reasons
+    return reason
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "build", [simam_module, partial(moskomule.SELayer, 8, 2), partial(jongchan.CBAM, 8, 2), partial(jongchan.BAM, 8, 2)]
+)
+def test_modules_of_fuse(build, layout, device):
+    explanation = explain(_fused(build(), device), _x(device, layout)[:, :, :4])
+    assert explanation.fused
+    assert explanation.layout == layout
+
+
+def test_modules_of_fuse_that_changed(device):
+    module, x = _fused(moskomule.SELayer(8, 2), device), _x(device)
+    hook = module.fc[2].register_forward_hook(lambda *_: None)
+    assert _reason_of_fused(module, x) == "hooks on fc.2"
+    hook.remove()
+    hook = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert _reason_of_fused(module, x) == "hooks on every module"
+    hook.remove()
+    parametrize.register_parametrization(module.fc[0], "weight", nn.Identity())
+    assert _reason_of_fused(module, x) == "fc.0 is a ParametrizedLinear, no longer a Linear"
+    parametrize.remove_parametrizations(module.fc[0], "weight")
+    module.fc[0].forward = torch.neg
+    assert _reason_of_fused(module, x) == "the forward of fc.0 was replaced on the instance"
+    del module.fc[0].forward
+    module.fc[0].extra = nn.ReLU()
+    assert _reason_of_fused(module, x) == "fc.0 has other children or parameters than it had"
+    del module.fc[0].extra
+    weight = module.fc[0].weight
+    module.fc[0].weight = nn.Parameter(Quantized.of(weight.detach()), requires_grad=False)
+    assert "a parameter is a Quantized of torch.float32" in _reason_of_fused(module, x)
+    module.fc[0].weight = weight
+    assert "x is a Quantized" in _reason_of_fused(module, Quantized.of(x))
+    assert "no element" in _reason_of_fused(module, x[:0])
+    assert explain(module, x).fused
+    del module.fc[3]
+    assert explain(module, x).reasons[-1] == "fc.3 is gone"
+
+
+def test_maps_and_norms_of_fuse(device):
+    module = _fused(jongchan.BAM(8, 2), device)
+    assert "x is not square" in _reason_of_fused(module, _x(device))
+    assert explain(module, _x(device)[:, :, :4]).fused
+    module = _fused(jongchan.CBAM(8, 2), device)
+    module.SpatialGate.spatial.bn.momentum = module.SpatialGate.spatial.bn.num_batches_tracked = None
+    assert "the norm (BatchNorm2d)" in explain(module, _x(device)).reasons[0]
+    module = _fused(SqueezeExciteCl(8, 1 / 2), device)
+    assert explain(module, torch.zeros(2, 5, 4, 8, device=device)).layout == "channels_last"
+
+
+def test_blocks_of_fuse(device):
+    model = timm.models.resnet.ResNet(timm.models.resnet.BasicBlock, (1, 1, 1, 1), block_args={"attn_layer": "se"})
+    model = model.to(device).eval()
+    fuse_(model)
+    block, x = model.layer1[0], torch.zeros(2, 64, 4, 4, device=device)
+    explanation = explain(block, x)
+    assert explanation.fused
+    assert str(explanation) == f"FusedBasicBlock on (2, 64, 4, 4) float32 {x.device}: fused, contiguous"
+    hook = block.se.fc1.register_forward_hook(lambda *_: None)
+    assert explain(block, x).reasons == ("se: hooks on fc1",)
+    hook.remove()
+    block.drop_path = None
+    assert "attribute" in _reason_of_fused(block, x)
+
+
 def test_bad_arguments(device):
-    with pytest.raises(TypeError, match="module: expected a module of attn_kernels, got Linear"):
+    with pytest.raises(TypeError, match="residual: expected None, since Fusedsimam_module takes only x"):
+        explain(_fused(simam_module(), device), _x(device), _x(device))
+    with pytest.raises(TypeError, match="module: expected a module of attn_kernels or of fuse_, got Linear"):
         explain(nn.Linear(8, 8), _x(device))
     with pytest.raises(TypeError, match="x: expected dtype"):
         explain(attn_kernels.SimAM(), _x(device).int())
@@ -221,6 +308,7 @@ def test_command_checks_the_interpreted_kernels():
     for name in command.NAMES:
         for layout in LAYOUTS:
             assert [name, layout, *["fused"] * 4] in lines
+    for name in (*command.NAMES, "channel_attention"):
         assert [name, "ok,"] in [line[:2] for line in lines]
     for fact in ("PyTorch", "Triton", "driver", "GPU", "TRITON_INTERPRET", "ATTN_KERNELS_DISABLE"):
         assert fact in done.stdout

