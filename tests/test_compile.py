@@ -240,7 +240,8 @@ class TestAddresses:
             if not any(isinstance(a, torch.Tensor) and a.numel() == math.prod(self.SHAPE) for a in arguments.values()):
                 return
             tickets = [0]
-            if arguments.get("counters_ptr") is not None:  # the last items of the second phase, and of the first
+            if "lead" in arguments and arguments["counters_ptr"] is not None:
+                # The last items of the second phase, and of the first.
                 first = -(-arguments["C"] // arguments["BLOCK_C"]) * -(-arguments["P"] // arguments["CHUNK"])
                 second = grid[0] // arguments["groups"] - first
                 end = grid[0] - arguments["lead"] * second

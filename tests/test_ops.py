@@ -26,8 +26,9 @@ CASES = {
 def test_against_reference(module, layout, dtype, case, device):
     shape, tail = CASES[case]
     if module == "bam" and shape[0] == 3:
-        # BatchNorm over 3 samples makes of half a unit in x 3 to 10 units in its branch's gradients, in eager as well.
-        shape = (8, *shape[1:])
+        # BatchNorm over few samples makes of half a unit in x 3 to 50 units in its branch's gradients, in eager as
+        # well, whose error is then a matter of luck.
+        shape = (16, *shape[1:])
     check(
         lambda kit: MODULES[module](kit, shape[1]),
         shape,

@@ -185,8 +185,8 @@ def _tap(q, m_q, W, H, SIGN: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.conste
 
 @triton.jit
 def conv_fwd_kernel(
-    maps_ptr,  # maximum and mean (N, 2, P); z (N, P), written; two places for scale_kernel; and (3, programs), written:
-    # count, mean and sum of squared deviations of the pixels of a program
+    maps_ptr,  # maximum and mean (N, 2, P); z (N, P), written; and two places for scale_kernel
+    part_ptr,  # (3, programs), written: count, mean and sum of squared deviations of the pixels of a program
     weight_ptr,  # (2, KERNEL, KERNEL), in either layout
     COUNT,
     H,
@@ -199,7 +199,7 @@ def conv_fwd_kernel(
 ):
     """The convolution of two maps to one and, in the same pass, its statistics (Chan et al., 1983)."""
     ACC: tl.constexpr = maps_ptr.dtype.element_ty
-    z_ptr, part_ptr = maps_ptr + 2 * COUNT, maps_ptr + 3 * COUNT + 2
+    z_ptr = maps_ptr + 2 * COUNT
     pid = tl.program_id(0)
     o_t = tl.arange(0, TAPS)
     m_t = o_t < KERNEL * KERNEL
@@ -259,7 +259,8 @@ def scale_kernel(
     y_ptr,  # (N, C, P), written
     mask_ptr,  # bits of the ReLU, written, or None
     saved_ptr,  # with the channel gate, or None
-    maps_ptr,  # z (N, P) and the programs' statistics; written between them: mean and 1 / standard deviation
+    maps_ptr,  # with z and, behind it, written: mean and 1 / standard deviation
+    part_ptr,  # (3, programs)
     weight_ptr,  # (1,) or None
     bias_ptr,  # (1,) or None
     running_mean_ptr,  # (1,), updated if UPDATE, or None
@@ -288,7 +289,7 @@ def scale_kernel(
     C, P = aligned(C, P, UNIT, CHANNELS_LAST)
     ACC: tl.constexpr = maps_ptr.dtype.element_ty
     gate_ptr = _gate(saved_ptr, N, KH)
-    z_ptr, statistics_ptr, part_ptr = maps_ptr + 2 * COUNT, maps_ptr + 3 * COUNT, maps_ptr + 3 * COUNT + 2
+    z_ptr, statistics_ptr = maps_ptr + 2 * COUNT, maps_ptr + 3 * COUNT
     pid = tl.program_id(0)
     if BATCH_STATISTICS:
         o_part = tl.arange(0, PARTS)
@@ -542,7 +543,8 @@ def _forward(
         maxnreg=128,
     )
     conv, block, programs = _conv_tile(x, conv_weight)
-    conv_fwd_kernel[(programs,)](maps, conv_weight, n * h * w, h, w, **conv, BLOCK=block, num_warps=8)
+    parts = maps.new_empty((3, programs))
+    conv_fwd_kernel[(programs,)](maps, parts, conv_weight, n * h * w, h, w, **conv, BLOCK=block, num_warps=8)
     y, mask = torch.empty_like(x), empty_mask(x, relu and save)
     momentum_high = 0.0 if momentum is None else _float32(momentum)
     scale_kernel[grid](
@@ -552,6 +554,7 @@ def _forward(
         mask if relu and save else None,
         saved,
         maps,
+        parts,
         weight,
         bias,
         running_mean,
@@ -582,10 +585,9 @@ def _forward(
 
 
 def _empty_maps(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Maximum, mean and z, a map a sample each, z's statistics and those of the programs, in one; and the argmax."""
+    """Maximum, mean and z, a map a sample each, and z's statistics, in one; and the argmax."""
     n, _, h, w = x.shape
-    size = 3 * n * h * w + 2 + 3 * CONV_PROGRAMS
-    maps = torch.empty(size, dtype=accumulation_dtype(x), device=x.device)
+    maps = torch.empty(3 * n * h * w + 2, dtype=accumulation_dtype(x), device=x.device)
     return maps, torch.empty((n, h, w), dtype=torch.int32, device=x.device)
 
 
