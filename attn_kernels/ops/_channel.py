@@ -15,6 +15,7 @@ parts of a plane; pre (N, K, H); gate (N, C).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -418,6 +419,7 @@ def pool_bits(pool_types: Sequence[str]) -> int:
     return sum(1 << POOLS.index(pool) for pool in pool_types)
 
 
+@functools.cache
 def pool_flags(pools: int) -> dict[str, int]:
     """The kernels' constexpr 0 or 1 of each pool."""
     return {name.upper(): pools >> i & 1 for i, name in enumerate(POOLS)}

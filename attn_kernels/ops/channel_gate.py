@@ -150,9 +150,9 @@ def _launch_forward(
     plan = channel_plan(x, hidden)
     y = torch.empty_like(x)
     save = saved is not None
-    size = scratch_size(x, hidden, pools, plan)
-    more = 0 if save else saved_size(x, hidden, pools, False)
-    scratch = torch.empty(size + more, dtype=accumulation_dtype(x), device=x.device)
+    float_options = {"dtype": accumulation_dtype(x), "device": x.device}
+    if not save:
+        saved = torch.empty(saved_size(x, hidden, pools, False), **float_options)
     middle = plan.hidden_items(pool_count(pools) * hidden)
     channel_gate_kernel[(plan.groups * (2 * plan.items + middle),)](
         x,
@@ -163,9 +163,9 @@ def _launch_forward(
         b1,
         w2,
         b2,
-        saved if save else scratch[size:],
+        saved,
         argmax,
-        scratch,
+        torch.empty(scratch_size(x, hidden, pools, plan), **float_options),
         forward_counters(x, pools, plan),
         n,
         plan.groups,
