@@ -2,11 +2,11 @@
 
 Woo et al., ECCV 2018, equations 1 to 3. N = bytes of x; maps of one value a pixel are small beside it.
 
-Forward, 3 launches, 3N (+ N residual): the channel gate reads x and, while it is still in L2 (see _tickets.py), the
-channel pool reads it again; the convolution and the batch's statistics on maps; the scale reads x and writes y. u
-itself is never written.
-Backward, 5 launches, 5N (+ N dresidual): the spatial gate's gradient reads dy and x; the convolution's backward, 2, on
-maps; the channel gate's reads dy and x, dy again from L2, and writes dx; the weights' gradients.
+Forward, 3 launches and a memset, 3N (+ N residual): the channel gate reads x and, while it is still in L2 (see
+_tickets.py), the channel pool reads it again; the convolution and the batch's statistics on maps; the scale reads x and
+writes y. u itself is never written.
+Backward, 5 launches and a memset, 5N (+ N dresidual): the spatial gate's gradient reads dy and x; the convolution's
+backward, 2, on maps; the channel gate's reads dy and x, dy again from L2, and writes dx; the weights' gradients.
 Without the channel gate 3 launches, 3N and 4 launches, 4N.
 Saved: x, O(N * C) of the channel gate, and maps: the two pools, the argmax and the convolution's output; with ReLU one
 bit an element.

@@ -2,8 +2,8 @@
 
 Yang et al., ICML 2021, equations 5 and 6; n = max(P - 1, 1). N = bytes of x.
 
-Forward, 1 launch: 2N where a plane fits a program, else 3N; + N residual.
-Backward, 1 launch: 3N where a plane fits a program, else 5N; + N dresidual. With e = dy * y', t = x - mean and
+Forward, 1 launch, 2N (+ N residual). A plane that does not fit a program is read again, backwards, from L2.
+Backward, 1 launch, 3N (+ N dresidual); likewise. With e = dy * y', t = x - mean and
 q = 1 / (4 * (variance + lambda)):
     dx = dy * sigmoid + 2 q t (e - 4 q sum_p(e t^2) / n) - 2 q sum_p(e t) / P.
 Saved: x, and mean and q of each plane; one bit an element with ReLU.
