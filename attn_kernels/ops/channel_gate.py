@@ -4,8 +4,8 @@ Hu et al., CVPR 2018, equations 2 to 4; Woo et al., ECCV 2018, equation 2. N = b
 
 Forward, 1 launch and a memset of counters, 2N (+ N residual): x is read for the pools and, while it is still in L2 (see
 _tickets.py), once more for y.
-Backward, 2 launches and a memset, 3N (+ N dresidual): dy and x are read for the gate's gradient, dy again from L2 for dx
-(x, too, for lp and lse); the weights' gradients touch no full-size tensor.
+Backward, 2 launches and a memset, 3N (+ N dresidual): dy and x are read for the gate's gradient, dy again from L2 for
+dx (x, too, for lp and lse); the weights' gradients touch no full-size tensor.
 Saved: x, and O(N * C): the pools, the hidden layer before its activation, the gate; one bit an element with ReLU.
 """
 
