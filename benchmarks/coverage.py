@@ -23,7 +23,6 @@ from rich.table import Table
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from attn_kernels import fuse_
 from benchmarks.provenance import command, commit, versions
 
 RESULTS = Path(__file__).parent / "results" / "coverage.csv"
@@ -114,6 +113,8 @@ def _without_weights(name: str) -> dict[str, object]:
 
 def describe(network: nn.Module) -> Row:
     """What fuse_ makes of a network, which is as it was afterwards."""
+    from attn_kernels import fuse_  # here, for Triton is imported after what another command sets
+
     found = list(known(network))
     with fuse_(network) as report:
         rows = report.rows

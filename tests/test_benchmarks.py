@@ -2,6 +2,9 @@
 
 import io
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -342,3 +345,12 @@ class TestCheck:
 
     def test_check_is_the_default_command(self, capsys):
         assert main(self.arguments[1:]) == 0
+
+
+def test_no_command_imports_triton_before_it_runs():
+    """The parser knows every command; whether Triton interprets is decided by the one that runs."""
+    code = (
+        "import sys; from importlib import import_module; from benchmarks.__main__ import COMMANDS; "
+        "[import_module(f'benchmarks.{name}') for name in COMMANDS]; sys.exit('triton' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
