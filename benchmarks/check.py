@@ -48,7 +48,8 @@ TAIL_MAPS = ("stem", "stage2", "stage4")  # here with the end of a residual bloc
 
 IMAGE_SIZE = 224
 GPU_BATCH = 32
-INTERPRETER_BATCH = 3  # BAM's BatchNorm over a batch of 2 leaves nothing but signs
+INTERPRETER_BATCH = {"BAM": 8}  # BatchNorm over few samples makes of a unit in its input tens, in eager as well
+FEW = 3
 # Channels and side that the interpreter is given of each map: some ms a program is what it costs.
 INTERPRETED = {"stem": (32, 12), "stage1": (48, 10), "stage2": (64, 8), "stage3": (96, 8), "stage4": (96, 7)}
 
@@ -88,10 +89,12 @@ def run(arguments: argparse.Namespace) -> int:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("feature maps", total=len(cases) + (NETWORK in what))
-        maps = feature_maps(batch(GPU_BATCH if device.type == "cuda" else INTERPRETER_BATCH, IMAGE_SIZE).to(device))
+        most = GPU_BATCH if device.type == "cuda" else max(INTERPRETER_BATCH.values())
+        maps = feature_maps(batch(most, IMAGE_SIZE).to(device))
         for case in cases:
             progress.update(task, description=f"{case.module} {case.map} {case.layout} {case.dtype}")
-            samples, cost = measure(case, maps[case.map])
+            size = most if device.type == "cuda" else INTERPRETER_BATCH.get(case.module, FEW)
+            samples, cost = measure(case, maps[case.map][:size])
             for tensor, sample in samples.items():
                 if tensor in FULL_SIZE:
                     place = f"{case.map}, {case.layout}"
