@@ -44,6 +44,8 @@ MODULES = ("SE", "ChannelGate", "SpatialGate", "CBAM", "BAM", "SimAM", "ChannelA
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 BATCHES = (1, 32)
 RESULTS = Path(__file__).parent / "results" / "compile.csv"
+# Loads of single elements of x, one a plane or a pixel: the value of a maximum whose index was saved.
+GATHERS = {"gate_bwd_kernel": 1, "dspatial_kernel": 1}
 
 
 class Site(NamedTuple):
@@ -240,7 +242,7 @@ def _compile(variant: Variant, disassemble: bool) -> tuple[Variant, MachineCode 
     try:
         return variant, machine_code(variant.kernel, variant.architecture.capability, disassemble)
     except Exception as error:  # of the compiler, of whatever kind
-        return variant, f"{type(error).__name__}: {error}"
+        return variant, f"{type(error).__name__}: {error} {error.__cause__ or ''}"
 
 
 Row = dict[str, object]
@@ -251,6 +253,8 @@ def describe(variant: Variant, code: MachineCode) -> Row:
     kernel, architecture, first = variant.kernel, variant.architecture, variant.cases[0]
     programs = architecture.occupancy(code.registers, code.shared, code.warps)
     full_size = [access for access in code.accesses if access.argument in variant.full_size]
+    for gather in [a for a in full_size if a.kind == "load" and a.bits < VECTOR_BITS][: GATHERS.get(kernel.name, 0)]:
+        full_size.remove(gather)
     loads, stores = ([a for a in full_size if a.kind == kind] for kind in ("load", "store"))
     return {
         "kernel": variant.name,

@@ -249,12 +249,12 @@ def saved_bytes(forward: Callable[[], Tensor], leaves: Iterable[Tensor]) -> int:
 
     def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        kept[storage._cdata] = storage.nbytes()
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         y = forward()
     for leaf in leaves:
-        kept.pop(leaf.untyped_storage().data_ptr(), None)
-    del y  # not before: it holds what was saved, so that no address came twice
+        kept.pop(leaf.untyped_storage()._cdata, None)
+    del y  # not before: it holds what was saved, so that no storage came twice
     return sum(kept.values())

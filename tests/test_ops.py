@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from attn_kernels.ops import _config, cbam
+from attn_kernels.ops import _config, _conv
 from reference.se import ACTIVATIONS, GATES
 from tests.harness import ALL_POOLS, DTYPES, LAYOUTS, MODULES, check
 
@@ -56,7 +56,7 @@ def test_planes_and_channels_larger_than_a_tile(module, layout, dtype, device, m
     for configuration in configurations:
         configuration.cache_clear()
     monkeypatch.setattr(_config, "TILE", 512)
-    monkeypatch.setattr(cbam, "CONV_PROGRAMS", 3)
+    monkeypatch.setattr(_conv, "PROGRAMS", 3)
     # BatchNorm over 2 samples, in BAM, leaves little but signs.
     shape = (2, 5, 45, 47) if module == "simam" else (3 if module == "bam" else 2, 19, 17, 31)
     build = lambda kit: MODULES[module](kit, shape[1])  # noqa: E731

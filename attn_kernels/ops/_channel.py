@@ -10,7 +10,8 @@ large planes a part. What the parts of a plane leave (``stats``) is added up, in
 comes last.
 
 Shapes: x (N, C, P) in either layout; pool (N, K, C); part (N, J, K, H) of J blocks of channels; stats (N, S, Q, C) of S
-parts of a plane; pre (N, K, H); gate (N, C).
+parts of a plane; pre (N, K, H); gate (N, C). Saved for backward are ``pre``, from which the gate follows, the pools
+that do not follow from one more read of x (lp, lse), and the maximum's index.
 """
 
 from __future__ import annotations
@@ -78,13 +79,9 @@ def get_row(b_rows, row):
 
 
 @triton.jit
-def saved_pointers(saved_ptr, N, C, H, K: tl.constexpr, SAVE: tl.constexpr):
-    """Where ``pre``, ``gate`` and ``pool`` are; the latter two are None if nothing is saved."""
-    n = tl.cast(N, tl.int64)
-    if SAVE:
-        return saved_ptr, saved_ptr + n * K * H, saved_ptr + n * (K * H + C)
-    else:
-        return saved_ptr, None, None
+def pool_pointer(saved_ptr, N, H, K: tl.constexpr):
+    """Where the pools are in what is saved, behind ``pre`` (N, K, H)."""
+    return saved_ptr + tl.cast(N, tl.int64) * K * H
 
 
 @triton.jit
@@ -114,7 +111,7 @@ def squeeze(
     w1_ptr,  # (H, C), or None to pool only
     stats_ptr,  # (N, S, Q, C), written, or None if S = 1: sum, maximum, sum of squares, sum of exponentials
     arg_ptr,  # (N, S, C), written, or None if S = 1 or there is no maximum
-    pool_ptr,  # (N, K, C), written, or None
+    pool_ptr,  # (N, L, C), written, or None: all pools, or those that backward cannot have from x at little cost
     argmax_ptr,  # (N, C), written if there is a maximum, or None
     part_ptr,  # (N, J, K, H), written, or None
     counters_ptr,
@@ -130,6 +127,7 @@ def squeeze(
     MAX: tl.constexpr,
     LP: tl.constexpr,
     LSE: tl.constexpr,
+    ALL: tl.constexpr,
     ACC: tl.constexpr,
     SAMPLES: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -139,7 +137,7 @@ def squeeze(
 ):
     """pool_k[c] and fc1[:, c] @ pool_k[c] of a work item. Reads its part of x once (twice with lse)."""
     ROWS: tl.constexpr = 16 if SAMPLES > 1 else 1
-    K: tl.constexpr = AVG + MAX + LP + LSE
+    FIRST: tl.constexpr = ALL * (AVG + MAX)  # pools that are stored before lp and lse
     TOP: tl.constexpr = MAX or LSE
     Q: tl.constexpr = AVG + TOP + LP + LSE
     J = tl.cdiv(C, BLOCK_C)
@@ -239,18 +237,19 @@ def squeeze(
         if last:
             p_pool = pool_ptr
             if pool_ptr is not None:
-                p_pool = pool_ptr + i_n * K * C + o_c
+                p_pool = pool_ptr + i_n * (FIRST + LP + LSE) * C + o_c
+            p_first = p_pool if ALL else None
             if AVG:
-                b_avg_rows = _pool_done(b_avg_rows, row, b_avg / P, p_pool, m_c)
+                b_avg_rows = _pool_done(b_avg_rows, row, b_avg / P, p_first, m_c)
             if MAX:
                 if argmax_ptr is not None:
                     tl.store(argmax_ptr + i_n * C + o_c, b_first, mask=m_c)
-                b_max_rows = _pool_done(b_max_rows, row, b_top, _next(p_pool, AVG * C), m_c)
+                b_max_rows = _pool_done(b_max_rows, row, b_top, _next(p_first, AVG * C), m_c)
             if LP:
-                b_lp_rows = _pool_done(b_lp_rows, row, tl.sqrt(b_lp), _next(p_pool, (AVG + MAX) * C), m_c)
+                b_lp_rows = _pool_done(b_lp_rows, row, tl.sqrt(b_lp), _next(p_pool, FIRST * C), m_c)
             if LSE:
                 b_lse = tl.log(b_exp) + _top_shift(b_top)
-                b_lse_rows = _pool_done(b_lse_rows, row, b_lse, _next(p_pool, (AVG + MAX + LP) * C), m_c)
+                b_lse_rows = _pool_done(b_lse_rows, row, b_lse, _next(p_pool, (FIRST + LP) * C), m_c)
             if w1_ptr is not None and SAMPLES == 1:
                 _fc1(b_avg_rows, b_max_rows, b_lp_rows, b_lse_rows, w1_ptr, part_ptr, group, i_j, o_c, N, C, H, J,
                      AVG, MAX, LP, LSE, SAMPLES, BLOCK_H)  # fmt: skip
@@ -346,10 +345,9 @@ def excite(
     pre_ptr,  # (N, K, H)
     w2_ptr,  # (C, H)
     b2_ptr,  # (C,) or None
-    gate_ptr,  # (N, C), written if ``store``, or None
+    gate_ptr,  # (N, C), written, or None
     group,
     c,
-    store,
     N,
     C,
     H,
@@ -379,7 +377,7 @@ def excite(
         b_logit += K * tl.load(b2_ptr + o_c, mask=o_c < C, other=0).to(ACC)[None, :]
     b_gate = gate_value(b_logit, GATE)
     if gate_ptr is not None:
-        tl.store(gate_ptr + o_n * C + o_c[None, :], b_gate, mask=m_n & (o_c < C)[None, :] & store)
+        tl.store(gate_ptr + o_n * C + o_c[None, :], b_gate, mask=m_n & (o_c < C)[None, :])
     return b_gate
 
 
@@ -411,7 +409,7 @@ def squeeze_kernel(
     squeeze(
         x_ptr, None, stats_ptr, arg_ptr, pool_ptr, argmax_ptr, None, counters_ptr,
         groups, pid // items, pid % items, groups, C, P, 1, CHUNK,
-        AVG, MAX, LP, LSE, pool_ptr.dtype.element_ty, 1, CHANNELS_LAST, BLOCK_C, BLOCK_P, 16,
+        AVG, MAX, LP, LSE, True, pool_ptr.dtype.element_ty, 1, CHANNELS_LAST, BLOCK_C, BLOCK_P, 16,
     )  # fmt: skip
 
 
@@ -427,6 +425,11 @@ def pool_flags(pools: int) -> dict[str, int]:
 
 def pool_count(pools: int) -> int:
     return pools.bit_count()
+
+
+def kept_count(pools: int) -> int:
+    """L: the pools that are saved."""
+    return (pools >> 2).bit_count()
 
 
 def stats_count(pools: int) -> int:
@@ -448,7 +451,7 @@ def pool(x: Tensor, pools: int) -> tuple[Tensor, Tensor]:
     n, c, h, w = x.shape
     plan = channel_plan(x, 0)
     values = x.new_empty((n, pool_count(pools), c), dtype=accumulation_dtype(x))
-    argmax = x.new_empty((n, c) if pools & 2 else 0, dtype=torch.int32)
+    argmax = empty_argmax(x, pools)
     squeeze_kernel[(n * plan.items,)](
         x,
         *empty_stats(x, plan, pools),
@@ -465,13 +468,6 @@ def pool(x: Tensor, pools: int) -> tuple[Tensor, Tensor]:
     return values, argmax
 
 
-def saved_size(x: Tensor, hidden: int, pools: int, save: bool) -> int:
-    """Elements of what the gate leaves, ``pre`` (N, K, H) and, for backward, ``gate`` (N, C) and ``pool`` (N, K, C)."""
-    n, c, _, _ = x.shape
-    k = pool_count(pools)
-    return n * (k * hidden + (c + k * c if save else 0))
-
-
 def scratch_size(x: Tensor, hidden: int, pools: int, plan: ChannelPlan) -> int:
     """Elements of ``part`` (N, J, K, H) and, where planes are divided, ``stats`` (N, S, Q, C)."""
     n, c, _, _ = x.shape
@@ -486,10 +482,21 @@ def forward_counters(x: Tensor, pools: int, plan: ChannelPlan) -> Tensor:
 
 
 def empty_saved(x: Tensor, hidden: int, pools: int) -> tuple[Tensor, Tensor]:
-    """What the gate saves for backward, empty: ``pre``, ``gate`` and ``pool`` in one; ``argmax`` (N, C) or nothing."""
+    """What the gate saves for backward, empty: ``pre`` (N, K, H) and lp and lse (N, L, C) in one; ``argmax``."""
     n, c, _, _ = x.shape
-    saved = torch.empty(saved_size(x, hidden, pools, True), dtype=accumulation_dtype(x), device=x.device)
-    return saved, torch.empty((n, c) if pools & 2 else 0, dtype=torch.int32, device=x.device)
+    size = n * (pool_count(pools) * hidden + kept_count(pools) * c)
+    return torch.empty(size, dtype=accumulation_dtype(x), device=x.device), empty_argmax(x, pools)
+
+
+def empty_argmax(x: Tensor, pools: int) -> Tensor:
+    """(N, C) pixels, or nothing without "max"."""
+    n, c, h, w = x.shape
+    return torch.empty((n, c) if pools & 2 else 0, dtype=index_dtype(h * w), device=x.device)
+
+
+def index_dtype(count: int) -> torch.dtype:
+    """The smallest dtype of an index below ``count``."""
+    return torch.uint8 if count <= 2**8 else torch.int16 if count <= 2**15 else torch.int32
 
 
 def empty_dweights(w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

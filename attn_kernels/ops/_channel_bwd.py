@@ -1,11 +1,12 @@
 """Squeeze and excitation of channels, backward: the part that SE and CBAM's channel gate share.
 
 Two phases of one launch (see _tickets.py) and one on small matrices. The first reads dy and x: the gradient of the
-gate, and partial sums over channels of fc2's transposed product (``dpart``). Items between the two add those up and go
-back to the hidden layer. The second goes through fc1 to the pools, reads dy again and writes dx. Then the weights'
-gradients, from what all have left.
+gate, the pools again, and partial sums over channels of fc2's transposed product (``dpart``). Items between the two add
+those up and go back to the hidden layer. The second goes through fc1 to the pools, reads dy again and writes dx. Then
+the weights' gradients, from what all have left.
 
-Shapes as in _channel.py; dlogit (N, C); dpart (N, J, H); dpre (N, K, H).
+Shapes as in _channel.py; dlogit (N, C); dpart (N, J, H); dpre (N, K, H). The pools are in two places: average and
+maximum, computed here, in scratch, lp and lse in what forward saved.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ from torch import Tensor
 from attn_kernels.ops import _config as config
 from attn_kernels.ops._channel import (
     empty_dweights,
+    excite,
     get_row,
     hidden_elements,
+    kept_count,
     load_weight,
     pool_count,
     pool_flags,
+    pool_pointer,
     product,
     put_row,
-    saved_pointers,
     sum_parts,
 )
 from attn_kernels.ops._device import (
@@ -33,12 +36,23 @@ from attn_kernels.ops._device import (
     activate_bwd,
     aligned,
     gate_bwd,
+    load_elements,
     load_tail_grad,
     load_tile,
     store_tile,
 )
 from attn_kernels.ops._launch import channel_plan, tile_options
-from attn_kernels.ops._tickets import counters, flag, is_last_of, signal, split_counter, take_ticket, wait, work_item
+from attn_kernels.ops._tickets import (
+    counters,
+    counters_size,
+    flag,
+    is_last_of,
+    signal,
+    split_counter,
+    take_ticket,
+    wait,
+    work_item,
+)
 
 
 @triton.jit
@@ -50,56 +64,118 @@ def _channel_grad(b_dy, spatial_ptr, argmax_ptr, i_n, o_c, o_p, P, ACC: tl.const
         b_gate = tl.load(p_map, mask=m_p, other=0)
         b_dmax = tl.load(p_map + P, mask=m_p, other=0)
         b_dmean = tl.load(p_map + 2 * P, mask=m_p, other=0)
-        b_argmax = tl.load(argmax_ptr + i_n * P + o_p, mask=m_p, other=-1)
+        b_argmax = tl.load(argmax_ptr + i_n * P + o_p, mask=m_p, other=0).to(tl.int32)
         b_dy = b_dy * b_gate[None, :] + b_dmean[None, :]
         b_dy += tl.where(o_c[:, None] == b_argmax[None, :], b_dmax[None, :], 0.0)
     return b_dy
 
 
 @triton.jit
-def _dgate(
-    dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, w2_ptr, gate_ptr, dlogit_ptr, dpart_ptr, stats_ptr,
-    counters_ptr, groups, group, item, N, C, P, H, CHUNK, GATE: tl.constexpr, SAMPLES: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr,
+def scratch_pointers(scratch_ptr, N, C, H, AVG: tl.constexpr, MAX: tl.constexpr, K: tl.constexpr):
+    """Where ``dlogit``, ``dpre``, ``pool`` and ``dpart`` are, behind ``gate``."""
+    n = tl.cast(N, tl.int64)
+    dlogit_ptr = scratch_ptr + n * C
+    dpre_ptr = dlogit_ptr + n * C
+    pool_ptr = dpre_ptr + n * K * H
+    return dlogit_ptr, dpre_ptr, pool_ptr, pool_ptr + n * (AVG + MAX) * C
+
+
+@triton.jit
+def _sum_planes(
+    dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, argmax_ptr, pool_ptr, stats_ptr, counters_ptr, groups,
+    i_n, i_j, i_s, C, P, CHUNK, AVG: tl.constexpr, MAX: tl.constexpr, ACC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """dlogit[c] = gate' * sum_p dy * x and fc2[c, :]^T @ dlogit[c] of a work item. Reads dy and x."""
-    ACC: tl.constexpr = gate_ptr.dtype.element_ty
+    """sum_p dy * x, and the average and the maximum of x, of a work item's part of a sample; whether they are whole."""
     J = tl.cdiv(C, BLOCK_C)
+    S = tl.cdiv(P, CHUNK)
+    c = i_j * BLOCK_C
+    o_c = c + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    b_sum = tl.zeros([BLOCK_C, BLOCK_P], ACC)
+    b_avg_sum = tl.zeros([BLOCK_C, BLOCK_P], ACC)
+    for p in range(i_s * CHUNK, tl.minimum(i_s * CHUNK + CHUNK, P), BLOCK_P):
+        b_dy = load_tail_grad(dy_ptr, mask_ptr, None, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+        b_x = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+        o_p = p + tl.arange(0, BLOCK_P)
+        b_sum += _channel_grad(b_dy, spatial_ptr, spatial_argmax_ptr, i_n, o_c, o_p, P, ACC) * b_x
+        if AVG:
+            b_avg_sum += b_x
+    b_dgate = tl.sum(b_sum, axis=1)
+    b_avg = tl.sum(b_avg_sum, axis=1)
+    last = True
+    if stats_ptr is not None:
+        p_stats = stats_ptr + i_n * S * (1 + AVG) * C + o_c
+        tl.store(p_stats + i_s * (1 + AVG) * C, b_dgate, mask=m_c)
+        if AVG:
+            tl.store(p_stats + (i_s * 2 + 1) * C, b_avg, mask=m_c)
+        last = is_last_of(split_counter(counters_ptr, groups, i_n * J + i_j), S)
+        if last:
+            b_dgate = tl.zeros([BLOCK_C], ACC)
+            b_avg = tl.zeros([BLOCK_C], ACC)
+            for s in range(0, S):
+                b_dgate += tl.load(p_stats + s * (1 + AVG) * C, mask=m_c, other=0, cache_modifier=".cg")
+                if AVG:
+                    b_avg += tl.load(p_stats + (s * 2 + 1) * C, mask=m_c, other=0, cache_modifier=".cg")
+    if last:
+        p_pool = pool_ptr + i_n * (AVG + MAX) * C + o_c
+        if AVG:
+            tl.store(p_pool, b_avg / P, mask=m_c)
+        if MAX:
+            b_argmax = tl.load(argmax_ptr + i_n * C + o_c, mask=m_c, other=0).to(tl.int32)
+            b_max = load_elements(x_ptr, i_n, o_c, b_argmax, m_c, C, P, ACC, CHANNELS_LAST)
+            tl.store(p_pool + AVG * C, b_max, mask=m_c)
+    return b_dgate, last
+
+
+@triton.jit
+def _dgate(
+    dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, w2_ptr, b2_ptr, pre_ptr, argmax_ptr, gate_ptr,
+    dlogit_ptr, pool_ptr, dpart_ptr, stats_ptr, counters_ptr, groups, group, item, N, C, P, H, CHUNK,
+    AVG: tl.constexpr, MAX: tl.constexpr, K: tl.constexpr, ACTIVATION: tl.constexpr, GATE: tl.constexpr,
+    SAMPLES: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """dlogit[c] = gate' * sum_p dy * x, fc2[c, :]^T @ dlogit[c] and the pools of a work item. Reads dy and x."""
+    ACC: tl.constexpr = gate_ptr.dtype.element_ty
+    ROWS: tl.constexpr = 16 if SAMPLES > 1 else 1
     S = tl.cdiv(P, CHUNK)
     i_j = item // S
     i_s = item % S
     c = i_j * BLOCK_C
     o_c = c + tl.arange(0, BLOCK_C)
     m_c = o_c < C
-    ROWS: tl.constexpr = 16 if SAMPLES > 1 else 1
-    b_rows = tl.zeros([ROWS, BLOCK_C], ACC)
-    for row in range(0, tl.minimum(SAMPLES, N - group * SAMPLES)):
-        i_n = tl.cast(group * SAMPLES + row, tl.int64)
-        b_sum = tl.zeros([BLOCK_C, BLOCK_P], ACC)
-        for p in range(i_s * CHUNK, tl.minimum(i_s * CHUNK + CHUNK, P), BLOCK_P):
-            b_dy = load_tail_grad(dy_ptr, mask_ptr, None, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-            b_x = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-            o_p = p + tl.arange(0, BLOCK_P)
-            b_sum += _channel_grad(b_dy, spatial_ptr, spatial_argmax_ptr, i_n, o_c, o_p, P, ACC) * b_x
-        b_dgate = tl.sum(b_sum, axis=1)
+    if SAMPLES == 1:
+        b_dgate, last = _sum_planes(
+            dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, argmax_ptr, pool_ptr, stats_ptr, counters_ptr,
+            groups, tl.cast(group, tl.int64), i_j, i_s, C, P, CHUNK, AVG, MAX, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P,
+        )  # fmt: skip
+        b_dgates = tl.expand_dims(b_dgate, 0)
+    else:
         last = True
-        if stats_ptr is not None:
-            p_stats = stats_ptr + i_n * S * C + o_c
-            tl.store(p_stats + i_s * C, b_dgate, mask=m_c)
-            last = is_last_of(split_counter(counters_ptr, groups, i_n * J + i_j), S)
-            if last:
-                b_dgate = tl.zeros([BLOCK_C], ACC)
-                for s in range(0, S):
-                    b_dgate += tl.load(p_stats + s * C, mask=m_c, other=0, cache_modifier=".cg")
-        if last:
-            b_gate = tl.load(gate_ptr + i_n * C + o_c, mask=m_c, other=0)
-            b_dlogit = tl.where(m_c, gate_bwd(b_dgate, b_gate, GATE), 0.0)
-            tl.store(dlogit_ptr + i_n * C + o_c, b_dlogit, mask=m_c)
-            b_rows = put_row(b_rows, row, b_dlogit)
-            if SAMPLES == 1:
-                _fc2(b_rows, w2_ptr, dpart_ptr, group, i_j, o_c, N, C, H, J, SAMPLES, BLOCK_H)
-    if SAMPLES > 1:
-        _fc2(b_rows, w2_ptr, dpart_ptr, group, i_j, o_c, N, C, H, J, SAMPLES, BLOCK_H)
+        b_dgates = tl.zeros([ROWS, BLOCK_C], ACC)
+        for row in range(0, tl.minimum(SAMPLES, N - group * SAMPLES)):
+            b_dgate, _ = _sum_planes(
+                dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, argmax_ptr, pool_ptr, None, counters_ptr,
+                groups, tl.cast(group * SAMPLES + row, tl.int64), i_j, i_s, C, P, CHUNK, AVG, MAX, ACC,
+                CHANNELS_LAST, BLOCK_C, BLOCK_P,
+            )  # fmt: skip
+            b_dgates = put_row(b_dgates, row, b_dgate)
+    if last:
+        o_n = group * SAMPLES + tl.arange(0, ROWS)
+        m_n = (o_n < N) & (tl.arange(0, ROWS) < SAMPLES)
+        p_gate = o_n.to(tl.int64)[:, None] * C + o_c[None, :]
+        m = m_n[:, None] & m_c[None, :]
+        if spatial_ptr is None:
+            b_gates = excite(
+                pre_ptr, w2_ptr, b2_ptr, gate_ptr, group, c, N, C, H, K, ACTIVATION, GATE, SAMPLES, BLOCK_C, BLOCK_H
+            )
+        else:  # needed earlier, by the spatial gate's backward, and therefore there already
+            b_gates = tl.load(gate_ptr + p_gate, mask=m, other=0)
+        b_dlogits = tl.where(m, gate_bwd(b_dgates, b_gates, GATE), 0.0)
+        tl.store(dlogit_ptr + p_gate, b_dlogits, mask=m)
+        _fc2(b_dlogits, w2_ptr, dpart_ptr, group, i_j, o_c, N, C, H, J=tl.cdiv(C, BLOCK_C), SAMPLES=SAMPLES,
+             BLOCK_H=BLOCK_H)  # fmt: skip
 
 
 @triton.jit
@@ -147,6 +223,36 @@ def _dpool(
     return b_dpool
 
 
+@triton.jit
+def gates_kernel(
+    pre_ptr,  # (N, K, H)
+    w2_ptr,  # (C, H)
+    b2_ptr,  # (C,) or None
+    gate_ptr,  # (N, C), written
+    counters_ptr,  # written: zeros
+    counters,
+    N,
+    C,
+    H,
+    K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATE: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """The gates again, of a group of samples and a block of channels; and zeros for the launch that takes tickets."""
+    J = tl.cdiv(C, BLOCK_C)
+    pid = tl.program_id(0)
+    excite(
+        pre_ptr, w2_ptr, b2_ptr, gate_ptr, pid // J, pid % J * BLOCK_C, N, C, H,
+        K, ACTIVATION, GATE, SAMPLES, BLOCK_C, BLOCK_H,
+    )  # fmt: skip
+    for i in range(pid * 128, counters, tl.num_programs(0) * 128):
+        o = i + tl.arange(0, 128)
+        tl.store(counters_ptr + o, 0, mask=o < counters)
+
+
 @triton.jit(do_not_specialize=["N", "groups", "lead"])
 def gate_bwd_kernel(
     dy_ptr,  # (N, C, P)
@@ -156,10 +262,11 @@ def gate_bwd_kernel(
     spatial_argmax_ptr,  # (N, P) or None
     w1_ptr,  # (H, C)
     w2_ptr,  # (C, H)
-    saved_ptr,  # pre (N, K, H), gate (N, C), pool (N, K, C); None without a channel gate, when only dx is computed
+    b2_ptr,  # (C,) or None
+    saved_ptr,  # pre (N, K, H), pool (N, L, C); None without a channel gate, when only dx is computed
     argmax_ptr,  # (N, C) or None
-    scratch_ptr,  # dlogit (N, C), dpre (N, K, H), dpart (N, J, H), written; stats (N, S, C), written if DIVIDED
-    counters_ptr,
+    scratch_ptr,  # gate (N, C), read behind a spatial gate, else written; written, all of scratch_pointers and
+    counters_ptr,  # stats (N, S, 1 + AVG, C) if DIVIDED
     dx_ptr,  # (N, C, P), written
     dresidual_ptr,  # (N, C, P), written, or None
     N,
@@ -195,26 +302,22 @@ def gate_bwd_kernel(
         second, group, item = work_item(tl.program_id(0), groups, 0, 0, J * S, 0)
         hidden_items = 0
     else:
-        pre_ptr, gate_ptr, pool_ptr = saved_pointers(saved_ptr, N, C, H, K, True)
-        n = tl.cast(N, tl.int64)
-        dlogit_ptr = scratch_ptr
-        dpre_ptr = dlogit_ptr + n * C
-        dpart_ptr = dpre_ptr + n * K * H
+        dlogit_ptr, dpre_ptr, pool_ptr, dpart_ptr = scratch_pointers(scratch_ptr, N, C, H, AVG, MAX, K)
         stats_ptr = None
         if DIVIDED:
-            stats_ptr = dpart_ptr + n * J * H
+            stats_ptr = dpart_ptr + tl.cast(N, tl.int64) * J * H
         ticket = take_ticket(counters_ptr)
         second, group, item = work_item(ticket, groups, lead, J * S, hidden_items + J * S, hidden_items)
         if not second:
             _dgate(
-                dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, w2_ptr, gate_ptr, dlogit_ptr, dpart_ptr,
-                stats_ptr, counters_ptr, groups, group, item, N, C, P, H, CHUNK, GATE, SAMPLES, CHANNELS_LAST,
-                BLOCK_C, BLOCK_P, BLOCK_H,
+                dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, w2_ptr, b2_ptr, saved_ptr, argmax_ptr,
+                scratch_ptr, dlogit_ptr, pool_ptr, dpart_ptr, stats_ptr, counters_ptr, groups, group, item,
+                N, C, P, H, CHUNK, AVG, MAX, K, ACTIVATION, GATE, SAMPLES, CHANNELS_LAST, BLOCK_C, BLOCK_P, BLOCK_H,
             )  # fmt: skip
             signal(flag(counters_ptr, groups, 0, group))
         elif item < hidden_items:
             wait(flag(counters_ptr, groups, 0, group), J * S)
-            _hidden_grad(dpart_ptr, pre_ptr, dpre_ptr, group, item, N, H, J, K, ACTIVATION, SAMPLES, BLOCK_E)
+            _hidden_grad(dpart_ptr, saved_ptr, dpre_ptr, group, item, N, H, J, K, ACTIVATION, SAMPLES, BLOCK_E)
             signal(flag(counters_ptr, groups, 1, group))
     if second & (item >= hidden_items):
         item -= hidden_items
@@ -235,19 +338,19 @@ def gate_bwd_kernel(
         for row in range(0, tl.minimum(SAMPLES, N - group * SAMPLES)):
             i_n = tl.cast(group * SAMPLES + row, tl.int64)
             if saved_ptr is not None:
-                b_gate = tl.load(gate_ptr + i_n * C + o_c, mask=m_c, other=0)
-                p_pool = pool_ptr + i_n * K * C + o_c
+                b_gate = tl.load(scratch_ptr + i_n * C + o_c, mask=m_c, other=0, cache_modifier=".cg")
+                p_pool = pool_pointer(saved_ptr, N, H, K) + i_n * (LP + LSE) * C + o_c
                 if AVG:
                     b_davg = get_row(b_davgs, row)
                 if MAX:
                     b_dmax = get_row(b_dmaxs, row)
-                    b_argmax = tl.load(argmax_ptr + i_n * C + o_c, mask=m_c, other=-1)
+                    b_argmax = tl.load(argmax_ptr + i_n * C + o_c, mask=m_c, other=0).to(tl.int32)
                 if LP:
-                    b_lp = tl.load(p_pool + (AVG + MAX) * C, mask=m_c, other=0)
+                    b_lp = tl.load(p_pool, mask=m_c, other=0)
                     b_dlp = tl.where(b_lp == 0, 0.0, get_row(b_dlps, row) / tl.where(b_lp == 0, 1.0, b_lp))
                 if LSE:
                     b_dlse = get_row(b_dlses, row)
-                    b_lse = tl.load(p_pool + (AVG + MAX + LP) * C, mask=m_c, other=0)
+                    b_lse = tl.load(p_pool + LP * C, mask=m_c, other=0)
             for p in range(i_s * CHUNK, tl.minimum(i_s * CHUNK + CHUNK, P), BLOCK_P):
                 o_p = p + tl.arange(0, BLOCK_P)
                 b_dx = load_tail_grad(
@@ -271,8 +374,8 @@ def gate_bwd_kernel(
 
 @triton.jit
 def dweights_kernel(
-    saved_ptr,  # pre (N, K, H), gate (N, C), pool (N, K, C)
-    scratch_ptr,  # dlogit (N, C), dpre (N, K, H)
+    saved_ptr,  # pre (N, K, H), pool (N, L, C)
+    scratch_ptr,  # gate (N, C), dlogit (N, C), dpre (N, K, H), pool (N, K - L, C)
     dw1_ptr,  # (H, C), written
     db1_ptr,  # (H,), written
     dw2_ptr,  # (C, H), written
@@ -280,7 +383,10 @@ def dweights_kernel(
     N,
     C,
     H,
-    K: tl.constexpr,
+    AVG: tl.constexpr,
+    MAX: tl.constexpr,
+    LP: tl.constexpr,
+    LSE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -288,9 +394,9 @@ def dweights_kernel(
 ):
     """dw2 = dlogit^T @ hidden, dw1 = dpre^T @ pool, and the biases' sums, for a block of C x H; samples in order."""
     ACC: tl.constexpr = saved_ptr.dtype.element_ty
-    pre_ptr, _, pool_ptr = saved_pointers(saved_ptr, N, C, H, K, True)
-    dlogit_ptr = scratch_ptr
-    dpre_ptr = dlogit_ptr + tl.cast(N, tl.int64) * C
+    K: tl.constexpr = AVG + MAX + LP + LSE
+    dlogit_ptr, dpre_ptr, pool_ptr, _ = scratch_pointers(scratch_ptr, N, C, H, AVG, MAX, K)
+    kept_ptr = pool_pointer(saved_ptr, N, H, K)
     i_c = tl.program_id(0)
     i_h = tl.program_id(1)
     o_c = (i_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
@@ -311,10 +417,14 @@ def dweights_kernel(
         b_hidden = tl.zeros([BLOCK_N, BLOCK_H], ACC)
         for k in tl.static_range(K):
             p_hidden = (o_n[:, None] * K + k) * H + o_h[None, :]
-            b_hidden += activate(tl.load(pre_ptr + p_hidden, mask=m_nh, other=0), ACTIVATION)
+            b_hidden += activate(tl.load(saved_ptr + p_hidden, mask=m_nh, other=0), ACTIVATION)
             b_dpre = tl.load(dpre_ptr + p_hidden, mask=m_nh, other=0)
             b_db1 += tl.sum(b_dpre, axis=0)
-            b_pool = tl.load(pool_ptr + (o_n[None, :] * K + k) * C + o_c[:, None], mask=m_cn, other=0)
+            if k < AVG + MAX:
+                p_pool = pool_ptr + (o_n[None, :] * (AVG + MAX) + k) * C
+            else:
+                p_pool = kept_ptr + (o_n[None, :] * (LP + LSE) + (k - AVG - MAX)) * C
+            b_pool = tl.load(p_pool + o_c[:, None], mask=m_cn, other=0)
             b_dw1 += tl.dot(b_pool, b_dpre, input_precision="ieee", out_dtype=ACC)
         b_dw2 += tl.dot(b_dlogit, b_hidden, input_precision="ieee", out_dtype=ACC)
     m_ch = m_c[:, None] & m_h[None, :]
@@ -322,6 +432,36 @@ def dweights_kernel(
     tl.store(dw2_ptr + o_c[:, None] * H + o_h[None, :], b_dw2, mask=m_ch)
     tl.store(db1_ptr + o_h, b_db1, mask=m_h & (i_c == 0))
     tl.store(db2_ptr + o_c, K * b_db2, mask=m_c & (i_h == 0))
+
+
+def gates(
+    x: Tensor, w2: Tensor, b2: Tensor | None, saved: Tensor, pools: int, activation: str, gate_name: str
+) -> tuple[Tensor, Tensor]:
+    """Launch the gates alone: ``scratch``, which begins with them, and ``tickets``, for a later :func:`backward`."""
+    n, c, _, _ = x.shape
+    hidden = w2.shape[1]
+    plan = channel_plan(x, hidden)
+    scratch = empty_scratch(x, hidden, pools, saved)
+    tickets = torch.empty(counters_size(x, plan), dtype=torch.int32, device=x.device)
+    gates_kernel[(plan.groups * plan.blocks,)](
+        saved,
+        w2,
+        b2,
+        scratch,
+        tickets,
+        tickets.numel(),
+        n,
+        c,
+        hidden,
+        K=pool_count(pools),
+        ACTIVATION=activation,
+        GATE=gate_name,
+        SAMPLES=plan.samples,
+        BLOCK_C=plan.tile.block_c,
+        BLOCK_H=plan.block_h,
+        num_warps=plan.tile.num_warps,
+    )
+    return scratch, tickets
 
 
 def backward(
@@ -332,20 +472,26 @@ def backward(
     spatial_argmax: Tensor | None,
     w1: Tensor,
     w2: Tensor,
+    b2: Tensor | None,
     saved: Tensor,
     argmax: Tensor,
     pools: int,
     activation: str,
     gate_name: str,
     need_dresidual: bool,
+    scratch: Tensor | None = None,
+    tickets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]:
-    """Launch the gate's backward, alone or behind a spatial gate: ``dx, dresidual, dw1, db1, dw2, db2``."""
+    """Launch the gate's backward: ``dx, dresidual, dw1, db1, dw2, db2``.
+
+    Behind a spatial gate ``scratch`` begins with the gate's values, and ``tickets`` are counters at zero.
+    """
     n, c, _, _ = x.shape
-    hidden, k = w1.shape[0], pool_count(pools)
+    hidden = w1.shape[0]
     plan = channel_plan(x, hidden)
-    stats = plan.splits * c if plan.splits > 1 else 0
-    scratch = saved.new_empty(n * (c + k * hidden + plan.blocks * hidden + stats))
-    channel = w1, w2, saved, argmax, scratch, counters(x, plan)
+    if scratch is None:
+        scratch = empty_scratch(x, hidden, pools, saved)
+    channel = w1, w2, b2, saved, argmax, scratch, counters(x, plan) if tickets is None else tickets
     dx, dresidual = launch_dx(
         dy, mask, x, spatial, spatial_argmax, need_dresidual, channel, hidden, pools, activation, gate_name
     )
@@ -362,7 +508,7 @@ def backward(
         n,
         c,
         hidden,
-        K=k,
+        **pool_flags(pools),
         ACTIVATION=activation,
         BLOCK_N=16,
         BLOCK_C=block_c,
@@ -373,6 +519,15 @@ def backward(
     return dx, dresidual, dw1, db1, dw2, db2
 
 
+def empty_scratch(x: Tensor, hidden: int, pools: int, saved: Tensor) -> Tensor:
+    """``gate``, all of ``scratch_pointers`` and ``stats``, in the dtype of ``saved``."""
+    n, c, _, _ = x.shape
+    plan = channel_plan(x, hidden)
+    stats = plan.splits * (1 + (pools & 1)) * c if plan.splits > 1 else 0
+    computed = 2 + pool_count(pools) - kept_count(pools)
+    return saved.new_empty(n * (computed * c + (pool_count(pools) + plan.blocks) * hidden + stats))
+
+
 def launch_dx(
     dy: Tensor,
     mask: Tensor | None,
@@ -380,7 +535,7 @@ def launch_dx(
     spatial: Tensor | None,
     spatial_argmax: Tensor | None,
     need_dresidual: bool,
-    channel: tuple[Tensor | None, ...] = (None,) * 6,
+    channel: tuple[Tensor | None, ...] = (None,) * 7,
     hidden: int = 0,
     pools: int = 0,
     activation: str = "relu",

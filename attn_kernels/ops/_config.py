@@ -153,15 +153,24 @@ def pixel_tile(n: int, c: int, p: int, itemsize: int, channels_last: bool, multi
     return Tile.of(block_c, block_p, c if channels_last else p, itemsize)
 
 
+def _least_channels(itemsize: int, channels_last: bool) -> int:
+    return max(SECTOR // itemsize, BYTE) if channels_last else 1
+
+
+def largest_plane(itemsize: int, channels_last: bool) -> int:
+    """Pixels of a plane that a tile holds whole at most, a power of 2."""
+    # 32 elements a thread in 16 warps; channels_last, whose sums cross warps, spills there.
+    largest = (2 if channels_last else 4) * TILE if itemsize <= 4 else TILE
+    return largest // _least_channels(itemsize, channels_last)
+
+
 @functools.lru_cache
 def whole_plane_tile(n: int, c: int, p: int, itemsize: int, channels_last: bool, multiprocessors: int) -> Tile:
     """For SimAM: whole planes in a tile (``block_p >= p``) where registers allow, else a tile to walk along them."""
-    # 32 elements a thread in 16 warps; channels_last, whose sums cross warps, spills there.
-    largest = (2 if channels_last else 4) * TILE if itemsize <= 4 else TILE
-    least = max(SECTOR // itemsize, BYTE) if channels_last else 1
-    block_p = max(next_power_of_2(p), BYTE)
-    if block_p * least > largest:
+    if p > largest_plane(itemsize, channels_last):
         return plane_tile(n, c, p, itemsize, channels_last, multiprocessors)
+    block_p = max(next_power_of_2(p), BYTE)
+    least = _least_channels(itemsize, channels_last)
     block_c = max(least, min(TILE // block_p, next_power_of_2(c)))
     while block_c > least and n * cdiv(c, block_c) < 2 * multiprocessors:
         block_c //= 2

@@ -203,6 +203,13 @@ def load_tile(
 
 
 @triton.jit
+def load_elements(x_ptr, i_n, o_c, o_p, m, C, P, ACC: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """x of sample i_n, one element at each channel o_c and pixel o_p where m, 0 elsewhere."""
+    offsets = o_p * C + o_c if CHANNELS_LAST else o_c * P + o_p
+    return tl.load(x_ptr + i_n * C * P + offsets, mask=m, other=0).to(ACC)
+
+
+@triton.jit
 def store_tile(x, x_ptr, i_n, c, p, C, P, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
     o_c = c + tl.arange(0, BLOCK_C)
     o_p = p + tl.arange(0, BLOCK_P)

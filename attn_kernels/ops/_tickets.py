@@ -86,7 +86,12 @@ def split_counter(counters_ptr, groups, i):
     return counters_ptr + 1 + 3 * groups + i
 
 
-def counters(x: Tensor, plan: ChannelPlan, more: int = 0) -> Tensor:
-    """The ticket, three flags a group, a counter for every sum that several programs share, and ``more``: zeros."""
+def counters_size(x: Tensor, plan: ChannelPlan) -> int:
+    """The ticket, three flags a group, and a counter for every sum that several programs share."""
     sums = x.shape[0] * plan.blocks if plan.splits > 1 else 0
-    return torch.zeros(1 + 3 * plan.groups + sums + more, dtype=torch.int32, device=x.device)
+    return 1 + 3 * plan.groups + sums
+
+
+def counters(x: Tensor, plan: ChannelPlan, more: int = 0) -> Tensor:
+    """The counters and ``more`` integers, at zero."""
+    return torch.zeros(counters_size(x, plan) + more, dtype=torch.int32, device=x.device)

@@ -3,13 +3,14 @@
 Woo et al., ECCV 2018, equations 1 to 3. N = bytes of x; maps of one value a pixel are small beside it.
 
 Forward, 3 launches and a memset, 3N (+ N residual): the channel gate reads x and, while it is still in L2 (see
-_tickets.py), the channel pool reads it again; the convolution and the batch's statistics on maps; the scale reads x and
-writes y. u itself is never written.
-Backward, 5 launches and a memset, 5N (+ N dresidual): the spatial gate's gradient reads dy and x; the convolution's
-backward, 2, on maps; the channel gate's reads dy and x, dy again from L2, and writes dx; the weights' gradients.
+_tickets.py), the channel pool reads it again; the convolution and the batch's statistics on maps (see _conv.py); the
+scale reads x and writes y. u itself is never written.
+Backward, 6 launches, 5N (+ N dresidual): the channel gates again; the spatial gate's gradient, with its pools again,
+reads dy and x; the convolution's backward, 2, on maps; the channel gate's reads dy and x, dy again from L2, and writes
+dx; the weights' gradients.
 Without the channel gate 3 launches, 3N and 4 launches, 4N.
-Saved: x, O(N * C) of the channel gate, and maps: the two pools, the argmax and the convolution's output; with ReLU one
-bit an element.
+Saved: x, O(N * C) of the channel gate, and two maps: the convolution's output and the index of the maximum; with ReLU
+one bit an element.
 """
 
 from __future__ import annotations
@@ -23,15 +24,14 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from attn_kernels.ops import _channel, _channel_bwd
+from attn_kernels.ops import _channel, _channel_bwd, _conv
 from attn_kernels.ops import _config as config
-from attn_kernels.ops._device import aligned, load_tail_grad, load_tile, store_tail
+from attn_kernels.ops._device import aligned, load_elements, load_tail_grad, load_tile, store_tail
 from attn_kernels.ops._launch import channel_plan, pixel_tile, tile_options
 from attn_kernels.ops._library import (
     contiguous,
     dense,
     empty_mask,
-    is_channels_last,
     like,
     needs_grad,
     reference_gradients,
@@ -42,15 +42,12 @@ from attn_kernels.ops._tickets import flag, signal, take_ticket, wait, work_item
 from reference._common import accumulation_dtype, uses_batch_statistics
 from reference.cbam import channel_gate, spatial_gate
 
-# Programs of the convolution at most: each leaves partial statistics that every program of the next kernel adds up.
-CONV_PROGRAMS = 256
-
 
 @triton.jit
 def _channel_pool(
     x_ptr,
     gate_ptr,
-    maps_ptr,
+    pools_ptr,
     argmax_ptr,
     i_n,
     p,
@@ -61,7 +58,7 @@ def _channel_pool(
     BLOCK_P: tl.constexpr,
 ):
     """Maximum, its lowest channel, and mean over the channels of x * gate, of BLOCK_P pixels. Reads x."""
-    ACC: tl.constexpr = maps_ptr.dtype.element_ty
+    ACC: tl.constexpr = pools_ptr.dtype.element_ty
     o_p = p + tl.arange(0, BLOCK_P)
     m_p = o_p < P
     b_sum = tl.zeros([BLOCK_C, BLOCK_P], ACC)
@@ -77,7 +74,7 @@ def _channel_pool(
         b_u = tl.where((o_c < C)[:, None], b_u, float("-inf"))
         b_max, b_arg = _channel.running_max(b_max, b_arg, b_u, o_c[:, None])
     b_top, b_first = _channel.first_max(b_max, b_arg, 0)
-    p_map = maps_ptr + i_n * 2 * P + o_p
+    p_map = pools_ptr + i_n * 2 * P + o_p
     tl.store(p_map, b_top, mask=m_p)
     tl.store(p_map + P, tl.sum(b_sum, axis=0) / C, mask=m_p)
     if argmax_ptr is not None:
@@ -91,11 +88,11 @@ def pools_kernel(
     b1_ptr,  # (H,) or None
     w2_ptr,  # (C, H)
     b2_ptr,  # (C,) or None
-    saved_ptr,  # pre (N, K, H), gate (N, C), pool (N, K, C), written, or None where there is no channel gate
+    saved_ptr,  # pre (N, K, H), pool (N, L, C), written, or None where there is no channel gate
     argmax_ptr,  # (N, C), written if MAX, or None
-    scratch_ptr,  # part (N, J, K, H), written; stats (N, S, Q, C), written if DIVIDED
+    scratch_ptr,  # gate (N, C), part (N, J, K, H), written; stats (N, S, Q, C), written if DIVIDED
     counters_ptr,  # and arg (N, S, C), written if DIVIDED and MAX
-    maps_ptr,  # (N, 2, P), written: maximum, mean
+    pools_ptr,  # (N, 2, P), written: maximum, mean
     spatial_argmax_ptr,  # (N, P), written, or None
     N,
     groups,
@@ -127,15 +124,15 @@ def pools_kernel(
         pid = tl.program_id(0)
         i_n = (pid // blocks).to(tl.int64)
         _channel_pool(
-            x_ptr, None, maps_ptr, spatial_argmax_ptr, i_n, pid % blocks * POOL_P, C, P,
+            x_ptr, None, pools_ptr, spatial_argmax_ptr, i_n, pid % blocks * POOL_P, C, P,
             CHANNELS_LAST, POOL_C, POOL_P,
         )  # fmt: skip
     else:
         J = tl.cdiv(C, BLOCK_C)
         S = tl.cdiv(P, CHUNK)
-        pre_ptr, gate_ptr, pool_ptr = _channel.saved_pointers(saved_ptr, N, C, H, K, True)
+        pool_ptr = _channel.pool_pointer(saved_ptr, N, H, K)
         part_ptr, stats_ptr, arg_ptr = _channel.forward_pointers(
-            scratch_ptr, counters_ptr, N, C, H, J, groups, K, MAX, DIVIDED
+            scratch_ptr + tl.cast(N, tl.int64) * C, counters_ptr, N, C, H, J, groups, K, MAX, DIVIDED
         )
         ticket = take_ticket(counters_ptr)
         # In the second phase the hidden layer comes first, then the gates, a block of channels an item.
@@ -146,17 +143,17 @@ def pools_kernel(
             _channel.squeeze(
                 x_ptr, w1_ptr, stats_ptr, arg_ptr, pool_ptr, argmax_ptr, part_ptr, counters_ptr,
                 groups, group, item, N, C, P, H, CHUNK,
-                AVG, MAX, LP, LSE, part_ptr.dtype.element_ty, SAMPLES, CHANNELS_LAST, BLOCK_C, BLOCK_P, BLOCK_H,
+                AVG, MAX, LP, LSE, False, part_ptr.dtype.element_ty, SAMPLES, CHANNELS_LAST, BLOCK_C, BLOCK_P, BLOCK_H,
             )  # fmt: skip
             signal(flag(counters_ptr, groups, 0, group))
         elif item < hidden_items:
             wait(flag(counters_ptr, groups, 0, group), J * S)
-            _channel.hidden_layer(part_ptr, b1_ptr, pre_ptr, group, item, N, H, J, K, SAMPLES, BLOCK_E)
+            _channel.hidden_layer(part_ptr, b1_ptr, saved_ptr, group, item, N, H, J, K, SAMPLES, BLOCK_E)
             signal(flag(counters_ptr, groups, 1, group))
         elif item < ahead:
             wait(flag(counters_ptr, groups, 1, group), hidden_items)
             _channel.excite(
-                pre_ptr, w2_ptr, b2_ptr, gate_ptr, group, (item - hidden_items) * BLOCK_C, True, N, C, H,
+                saved_ptr, w2_ptr, b2_ptr, scratch_ptr, group, (item - hidden_items) * BLOCK_C, N, C, H,
                 K, "relu", "sigmoid", SAMPLES, BLOCK_C, BLOCK_H,
             )  # fmt: skip
             signal(flag(counters_ptr, groups, 2, group))
@@ -166,78 +163,9 @@ def pools_kernel(
             if i_n < N:
                 wait(flag(counters_ptr, groups, 2, group), J)
                 _channel_pool(
-                    x_ptr, gate_ptr, maps_ptr, spatial_argmax_ptr, i_n, item % blocks * POOL_P, C, P,
+                    x_ptr, scratch_ptr, pools_ptr, spatial_argmax_ptr, i_n, item % blocks * POOL_P, C, P,
                     CHANNELS_LAST, POOL_C, POOL_P,
                 )  # fmt: skip
-
-
-@triton.jit
-def _tap(q, m_q, W, H, SIGN: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr):
-    """Sample, pixel and validity, [TAPS, BLOCK], of each tap of the convolution at the flat pixels q of (N, H, W)."""
-    t = tl.arange(0, TAPS)
-    n = q // (H * W)
-    p = q % (H * W)
-    h = (p // W)[None, :] + SIGN * (t // KERNEL - KERNEL // 2)[:, None]
-    w = (p % W)[None, :] + SIGN * (t % KERNEL - KERNEL // 2)[:, None]
-    m = m_q[None, :] & (t < KERNEL * KERNEL)[:, None] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-    return n[None, :], h * W + w, m
-
-
-@triton.jit
-def conv_fwd_kernel(
-    maps_ptr,  # maximum and mean (N, 2, P); z (N, P), written; and two places for scale_kernel
-    part_ptr,  # (3, programs), written: count, mean and sum of squared deviations of the pixels of a program
-    weight_ptr,  # (2, KERNEL, KERNEL), in either layout
-    COUNT,
-    H,
-    W,
-    MAP_STRIDE: tl.constexpr,
-    TAP_STRIDE: tl.constexpr,
-    KERNEL: tl.constexpr,
-    TAPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The convolution of two maps to one and, in the same pass, its statistics (Chan et al., 1983)."""
-    ACC: tl.constexpr = maps_ptr.dtype.element_ty
-    z_ptr = maps_ptr + 2 * COUNT
-    pid = tl.program_id(0)
-    o_t = tl.arange(0, TAPS)
-    m_t = o_t < KERNEL * KERNEL
-    b_wmax = tl.load(weight_ptr + o_t * TAP_STRIDE, mask=m_t, other=0).to(ACC)
-    b_wmean = tl.load(weight_ptr + MAP_STRIDE + o_t * TAP_STRIDE, mask=m_t, other=0).to(ACC)
-    # The running statistics are kept as one-element tensors, so that they are the same type from the first pass on.
-    seen = tl.zeros([1], ACC)
-    mean = tl.zeros([1], ACC)
-    m2 = tl.zeros([1], ACC)
-    for start in range(pid * BLOCK, COUNT, tl.num_programs(0) * BLOCK):
-        q = start + tl.arange(0, BLOCK).to(tl.int64)
-        m_q = q < COUNT
-        n, p, m = _tap(q, m_q, W, H, 1, KERNEL, TAPS)
-        p_map = maps_ptr + n * (2 * H * W) + p
-        b_z = tl.load(p_map, mask=m, other=0) * b_wmax[:, None]
-        b_z += tl.load(p_map + H * W, mask=m, other=0) * b_wmean[:, None]
-        b_z = tl.sum(b_z, axis=0)
-        tl.store(z_ptr + q, b_z, mask=m_q)
-        count = tl.minimum(COUNT - start, BLOCK).to(ACC)
-        tile_mean = tl.sum(b_z, axis=0) / count
-        b_t = tl.where(m_q, b_z - tile_mean, 0.0)
-        delta = tile_mean - mean
-        m2 += tl.sum(b_t * b_t, axis=0) + delta * delta * (seen * count / (seen + count))
-        mean += delta * (count / (seen + count))
-        seen += count
-    o_part = pid + tl.arange(0, 1)
-    tl.store(part_ptr + o_part, seen)
-    tl.store(part_ptr + tl.num_programs(0) + o_part, mean)
-    tl.store(part_ptr + 2 * tl.num_programs(0) + o_part, m2)
-
-
-@triton.jit
-def _gate(saved_ptr, N, KH):
-    """Where the channel gate is in what _channel.py saves, behind ``pre``; None where there is none."""
-    if saved_ptr is None:
-        return None
-    else:
-        return saved_ptr + tl.cast(N, tl.int64) * KH
 
 
 @triton.jit
@@ -258,8 +186,8 @@ def scale_kernel(
     residual_ptr,  # (N, C, P) or None
     y_ptr,  # (N, C, P), written
     mask_ptr,  # bits of the ReLU, written, or None
-    saved_ptr,  # with the channel gate, or None
-    maps_ptr,  # with z and, behind it, written: mean and 1 / standard deviation
+    gate_ptr,  # (N, C), or None
+    z_ptr,  # (N, P) and, behind it, written: mean and 1 / standard deviation
     part_ptr,  # (3, programs)
     weight_ptr,  # (1,) or None
     bias_ptr,  # (1,) or None
@@ -270,10 +198,8 @@ def scale_kernel(
     COUNT,
     momentum,
     momentum_rest,  # a float argument is fp32: what is left of a double's digits
-    N,
     C,
     P,
-    KH,
     EPS: tl.constexpr,
     BATCH_STATISTICS: tl.constexpr,
     UPDATE: tl.constexpr,
@@ -287,9 +213,7 @@ def scale_kernel(
 ):
     """y = act(x * channel gate * spatial gate + residual) for BLOCK_P pixels. Reads x (and residual), writes y."""
     C, P = aligned(C, P, UNIT, CHANNELS_LAST)
-    ACC: tl.constexpr = maps_ptr.dtype.element_ty
-    gate_ptr = _gate(saved_ptr, N, KH)
-    z_ptr, statistics_ptr = maps_ptr + 2 * COUNT, maps_ptr + 3 * COUNT
+    ACC: tl.constexpr = z_ptr.dtype.element_ty
     pid = tl.program_id(0)
     if BATCH_STATISTICS:
         o_part = tl.arange(0, PARTS)
@@ -305,8 +229,8 @@ def scale_kernel(
         variance = tl.load(running_var_ptr).to(ACC)
     invstd = 1 / tl.sqrt(variance + EPS)
     if pid == 0:
-        tl.store(statistics_ptr, mean)
-        tl.store(statistics_ptr + 1, invstd)
+        tl.store(z_ptr + COUNT, mean)
+        tl.store(z_ptr + COUNT + 1, invstd)
         if UPDATE:
             factor = tl.cast(momentum, ACC) + tl.cast(momentum_rest, ACC)
             if batches_ptr is not None:
@@ -339,27 +263,26 @@ def dspatial_kernel(
     dy_ptr,  # (N, C, P)
     mask_ptr,  # bits of the ReLU, or None
     x_ptr,  # (N, C, P)
-    saved_ptr,  # with the channel gate, or None
-    maps_ptr,  # with z and its statistics
+    gate_ptr,  # (N, C), or None
+    z_ptr,  # (N, P) and, behind it, its mean and 1 / standard deviation
+    argmax_ptr,  # (N, P)
     weight_ptr,  # (1,) or None
     bias_ptr,  # (1,) or None
     spatial_ptr,  # (N, 3, P), its first map written: the spatial gate
+    pools_ptr,  # (N, 2, P), written: maximum, mean
     dlogit_ptr,  # (N, P), written
     part_ptr,  # (programs, 2), written: sums of dlogit and of dlogit * normalised z
     N,
     C,
     P,
-    KH,
     CHANNELS_LAST: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """dlogit[p] = gate' * sum_c dy * u of BLOCK_P pixels, and its sums for BatchNorm. Reads dy and x."""
+    """dlogit[p] = gate' * sum_c dy * u of BLOCK_P pixels, its sums for BatchNorm, and the pools. Reads dy and x."""
     C, P = aligned(C, P, UNIT, CHANNELS_LAST)
-    ACC: tl.constexpr = maps_ptr.dtype.element_ty
-    gate_ptr = _gate(saved_ptr, N, KH)
-    z_ptr, statistics_ptr = maps_ptr + 2 * N * P, maps_ptr + 3 * N * P
+    ACC: tl.constexpr = z_ptr.dtype.element_ty
     pid = tl.program_id(0)
     blocks = tl.cdiv(P, BLOCK_P)
     i_n = (pid // blocks).to(tl.int64)
@@ -367,111 +290,31 @@ def dspatial_kernel(
     o_p = p + tl.arange(0, BLOCK_P)
     m_p = o_p < P
     b_sum = tl.zeros([BLOCK_C, BLOCK_P], ACC)
+    b_mean = tl.zeros([BLOCK_C, BLOCK_P], ACC)
     for c in range(0, C, BLOCK_C):
         o_c = c + tl.arange(0, BLOCK_C)
         b_dy = load_tail_grad(dy_ptr, mask_ptr, None, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-        b_dy *= load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+        b_u = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
         if gate_ptr is not None:
-            b_dy *= tl.load(gate_ptr + i_n * C + o_c, mask=o_c < C, other=0)[:, None]
-        b_sum += b_dy
+            b_u *= tl.load(gate_ptr + i_n * C + o_c, mask=o_c < C, other=0)[:, None]
+        b_sum += b_dy * b_u
+        b_mean += b_u
+    b_argmax = tl.load(argmax_ptr + i_n * P + o_p, mask=m_p, other=0).to(tl.int32)
+    b_max = load_elements(x_ptr, i_n, b_argmax, o_p, m_p, C, P, ACC, CHANNELS_LAST)
+    if gate_ptr is not None:
+        b_max *= tl.load(gate_ptr + i_n * C + b_argmax, mask=m_p, other=0)
+    p_pools = pools_ptr + i_n * 2 * P + o_p
+    tl.store(p_pools, b_max, mask=m_p)
+    tl.store(p_pools + P, tl.sum(b_mean, axis=0) / C, mask=m_p)
     b_z = tl.load(z_ptr + i_n * P + o_p, mask=m_p, other=0)
-    mean = tl.load(statistics_ptr)
-    invstd = tl.load(statistics_ptr + 1)
+    mean = tl.load(z_ptr + N * P)
+    invstd = tl.load(z_ptr + N * P + 1)
     b_normal, b_gate = _spatial_gate(b_z, mean, invstd, weight_ptr, bias_ptr)
     b_dlogit = tl.where(m_p, tl.sum(b_sum, axis=0) * b_gate * (1 - b_gate), 0.0)
     tl.store(spatial_ptr + i_n * 3 * P + o_p, b_gate, mask=m_p)
     tl.store(dlogit_ptr + i_n * P + o_p, b_dlogit, mask=m_p)
     tl.store(part_ptr + pid * 2, tl.sum(b_dlogit, axis=0))
     tl.store(part_ptr + pid * 2 + 1, tl.sum(b_dlogit * b_normal, axis=0))
-
-
-@triton.jit
-def conv_bwd_kernel(
-    maps_ptr,  # with z and its statistics
-    dlogit_ptr,  # (N, P)
-    part_ptr,  # (programs, 2) of dspatial_kernel
-    conv_weight_ptr,  # (2, KERNEL, KERNEL), in either layout
-    weight_ptr,  # (1,) or None
-    spatial_ptr,  # (N, 3, P), its last two maps written: gradients of the maximum and of each channel by the mean
-    dconv_ptr,  # (programs, 2, KERNEL, KERNEL), written
-    dweight_ptr,  # (1,), written
-    dbias_ptr,  # (1,), written
-    programs,
-    COUNT,
-    C,
-    H,
-    W,
-    BATCH_STATISTICS: tl.constexpr,
-    MAP_STRIDE: tl.constexpr,
-    TAP_STRIDE: tl.constexpr,
-    KERNEL: tl.constexpr,
-    TAPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Backward of BatchNorm and of the convolution, on maps."""
-    ACC: tl.constexpr = maps_ptr.dtype.element_ty
-    z_ptr, statistics_ptr = maps_ptr + 2 * COUNT, maps_ptr + 3 * COUNT
-    pid = tl.program_id(0)
-    b_sum = tl.zeros([1024], ACC)
-    b_dot = tl.zeros([1024], ACC)
-    for i in range(0, programs, 1024):
-        o_part = i + tl.arange(0, 1024)
-        b_sum += tl.load(part_ptr + o_part * 2, mask=o_part < programs, other=0)
-        b_dot += tl.load(part_ptr + o_part * 2 + 1, mask=o_part < programs, other=0)
-    dbias = tl.sum(b_sum, axis=0)
-    dweight = tl.sum(b_dot, axis=0)
-    if pid == 0:
-        tl.store(dweight_ptr, dweight)
-        tl.store(dbias_ptr, dbias)
-    mean = tl.load(statistics_ptr)
-    invstd = tl.load(statistics_ptr + 1)
-    scale = invstd
-    if weight_ptr is not None:
-        scale = scale * tl.load(weight_ptr).to(ACC)
-
-    o_t = tl.arange(0, TAPS)
-    m_t = o_t < KERNEL * KERNEL
-    b_wmax = tl.load(conv_weight_ptr + o_t * TAP_STRIDE, mask=m_t, other=0).to(ACC)
-    b_wmean = tl.load(conv_weight_ptr + MAP_STRIDE + o_t * TAP_STRIDE, mask=m_t, other=0).to(ACC)
-    b_dwmax = tl.zeros([TAPS, BLOCK], ACC)
-    b_dwmean = tl.zeros([TAPS, BLOCK], ACC)
-    for start in range(pid * BLOCK, COUNT, tl.num_programs(0) * BLOCK):
-        q = start + tl.arange(0, BLOCK).to(tl.int64)
-        m_q = q < COUNT
-        # The output pixels that each input pixel reaches.
-        n, p, m = _tap(q, m_q, W, H, -1, KERNEL, TAPS)
-        b_dz = tl.load(dlogit_ptr + n * (H * W) + p, mask=m, other=0)
-        if BATCH_STATISTICS:
-            b_normal = (tl.load(z_ptr + n * (H * W) + p, mask=m, other=0) - mean) * invstd
-            b_dz = tl.where(m, b_dz - (dbias + b_normal * dweight) / COUNT, 0.0)
-        b_dz *= scale
-        p_out = spatial_ptr + q // (H * W) * (3 * H * W) + q % (H * W)
-        tl.store(p_out + H * W, tl.sum(b_dz * b_wmax[:, None], axis=0), mask=m_q)
-        tl.store(p_out + 2 * H * W, tl.sum(b_dz * b_wmean[:, None], axis=0) / C, mask=m_q)
-        # The input pixels that each output pixel saw.
-        n, p, m = _tap(q, m_q, W, H, 1, KERNEL, TAPS)
-        b_dz = tl.load(dlogit_ptr + q, mask=m_q, other=0)
-        if BATCH_STATISTICS:
-            b_normal = (tl.load(z_ptr + q, mask=m_q, other=0) - mean) * invstd
-            b_dz = tl.where(m_q, b_dz - (dbias + b_normal * dweight) / COUNT, 0.0)
-        b_dz *= scale
-        p_map = maps_ptr + n * (2 * H * W) + p
-        b_dwmax += tl.load(p_map, mask=m, other=0) * b_dz[None, :]
-        b_dwmean += tl.load(p_map + H * W, mask=m, other=0) * b_dz[None, :]
-    p_dconv = dconv_ptr + pid * 2 * KERNEL * KERNEL + o_t
-    tl.store(p_dconv, tl.sum(b_dwmax, axis=1), mask=m_t)
-    tl.store(p_dconv + KERNEL * KERNEL, tl.sum(b_dwmean, axis=1), mask=m_t)
-
-
-def _conv_tile(x: Tensor, weight: Tensor) -> tuple[dict[str, int], int, int]:
-    """The kernels' view of the convolution, pixels a tile, and programs."""
-    kernel = weight.shape[-1]
-    taps = config.next_power_of_2(kernel * kernel)
-    # A network in channels_last has its weights so, too: [KERNEL, KERNEL, 2].
-    map_stride, tap_stride = (1, 2) if is_channels_last(weight) else (kernel * kernel, 1)
-    conv = {"KERNEL": kernel, "TAPS": taps, "MAP_STRIDE": map_stride, "TAP_STRIDE": tap_stride}
-    block = max(config.TILE // 2 // taps, 1)  # a gather of 64-bit pointers costs registers
-    return conv, block, min(config.cdiv(x.shape[0] * x.shape[2] * x.shape[3], block), CONV_PROGRAMS)
 
 
 def _forward(
@@ -499,15 +342,14 @@ def _forward(
     hidden = 0 if w1 is None else w1.shape[0]
     plan, tile = channel_plan(x, hidden), pixel_tile(x)
     grid = (n * config.cdiv(h * w, tile.block_p),)
-    maps, spatial_argmax = _empty_maps(x)
+    z, spatial_argmax = _empty_maps(x)
+    channel_pools, parts = z.new_empty((n, 2, h, w)), z.new_empty((3, _conv.programs(x, conv_weight)))
     if w1 is None:
         saved = argmax = scratch = tickets = None
         programs = grid
     else:
         saved, argmax = _channel.empty_saved(x, hidden, pools)
-        scratch = torch.empty(
-            _channel.scratch_size(x, hidden, pools, plan), dtype=accumulation_dtype(x), device=x.device
-        )
+        scratch = z.new_empty(n * c + _channel.scratch_size(x, hidden, pools, plan))  # behind the gate
         tickets = _channel.forward_counters(x, pools, plan)
         second = plan.hidden_items(_channel.pool_count(pools) * hidden) + plan.blocks
         second += plan.samples * grid[0] // n
@@ -522,7 +364,7 @@ def _forward(
         argmax,
         scratch,
         tickets,
-        maps,
+        channel_pools,
         spatial_argmax if save else None,
         n,
         plan.groups,
@@ -542,9 +384,7 @@ def _forward(
         **tile_options(x, plan.tile),
         maxnreg=128,
     )
-    conv, block, programs = _conv_tile(x, conv_weight)
-    parts = maps.new_empty((3, programs))
-    conv_fwd_kernel[(programs,)](maps, parts, conv_weight, n * h * w, h, w, **conv, BLOCK=block, num_warps=8)
+    _conv.forward(x, channel_pools, parts, conv_weight, z)
     y, mask = torch.empty_like(x), empty_mask(x, relu and save)
     momentum_high = 0.0 if momentum is None else _float32(momentum)
     scale_kernel[grid](
@@ -552,27 +392,25 @@ def _forward(
         residual,
         y,
         mask if relu and save else None,
-        saved,
-        maps,
+        scratch,
+        z,
         parts,
         weight,
         bias,
         running_mean,
         running_var,
         batches,
-        programs,
+        parts.shape[1],
         n * h * w,
         momentum_high,
         0.0 if momentum is None else momentum - momentum_high,
-        n,
         c,
         h * w,
-        _channel.pool_count(pools) * hidden,
         EPS=eps,
         BATCH_STATISTICS=batch_statistics,
         UPDATE=update,
         CUMULATIVE=momentum is None,
-        PARTS=config.next_power_of_2(programs),
+        PARTS=config.next_power_of_2(parts.shape[1]),
         RELU=relu,
         **tile_options(x, tile),
     )
@@ -580,15 +418,20 @@ def _forward(
         buffers = [t for t in (running_mean, running_var, batches) if t is not None]
         torch.autograd.graph.increment_version(buffers)
     if saved is None:
-        saved, argmax = maps.new_empty(0), maps.new_empty(0, dtype=torch.int32)
-    return y, saved, argmax, maps, spatial_argmax, mask
+        saved, argmax = _no_channel_gate(x)
+    return y, saved, argmax, z, spatial_argmax, mask
+
+
+def _no_channel_gate(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What stands for ``saved`` and ``argmax``."""
+    return x.new_empty(0, dtype=accumulation_dtype(x)), x.new_empty(0, dtype=torch.uint8)
 
 
 def _empty_maps(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Maximum, mean and z, a map a sample each, and z's statistics, in one; and the argmax."""
-    n, _, h, w = x.shape
-    maps = torch.empty(3 * n * h * w + 2, dtype=accumulation_dtype(x), device=x.device)
-    return maps, torch.empty((n, h, w), dtype=torch.int32, device=x.device)
+    """z, a map a sample, and its statistics, in one; and the argmax."""
+    n, c, h, w = x.shape
+    z = torch.empty(n * h * w + 2, dtype=accumulation_dtype(x), device=x.device)
+    return z, torch.empty((n, h, w), dtype=_channel.index_dtype(c), device=x.device)
 
 
 def _float32(value: float) -> float:
@@ -617,7 +460,7 @@ def _forward_fake(
     save,
 ):
     if w1 is None:
-        channel = x.new_empty(0, dtype=accumulation_dtype(x)), x.new_empty(0, dtype=torch.int32)
+        channel = _no_channel_gate(x)
     else:
         channel = _channel.empty_saved(x, w1.shape[0], pools)
     return torch.empty_like(x), *channel, *_empty_maps(x), empty_mask(x, relu and save)
@@ -628,12 +471,13 @@ def _backward(
     x: Tensor,
     w1: Tensor | None,
     w2: Tensor | None,
+    b2: Tensor | None,
     conv_weight: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     saved: Tensor,
     argmax: Tensor,
-    maps: Tensor,
+    z: Tensor,
     spatial_argmax: Tensor,
     mask: Tensor,
     pools: int,
@@ -644,49 +488,32 @@ def _backward(
     n, c, h, w = x.shape
     dy, mask = like(dy, x), mask if relu else None
     tile = pixel_tile(x)
-    pixel_programs = n * config.cdiv(h * w, tile.block_p)
-    spatial, dlogit = maps.new_empty((n, 3, h, w)), maps.new_empty((n, h, w))
-    parts = maps.new_empty((pixel_programs, 2))
-    dspatial_kernel[(pixel_programs,)](
+    programs = n * config.cdiv(h * w, tile.block_p)
+    spatial, channel_pools, dlogit = (z.new_empty((n, maps, h, w)) for maps in (3, 2, 1))
+    parts = z.new_empty((programs, 2))
+    channel_gate = pools, "relu", "sigmoid"
+    scratch = tickets = None
+    if w1 is not None:
+        scratch, tickets = _channel_bwd.gates(x, w2, b2, saved, *channel_gate)
+    dspatial_kernel[(programs,)](
         dy,
         mask,
         x,
-        None if w1 is None else saved,
-        maps,
+        scratch,
+        z,
+        spatial_argmax,
         weight,
         bias,
         spatial,
+        channel_pools,
         dlogit,
         parts,
         n,
         c,
         h * w,
-        0 if w1 is None else _channel.pool_count(pools) * w1.shape[0],
         **tile_options(x, tile),
     )
-    conv, block, programs = _conv_tile(x, conv_weight)
-    dconv = maps.new_empty((programs, *conv_weight.shape))
-    dweight, dbias = maps.new_empty(1), maps.new_empty(1)
-    conv_bwd_kernel[(programs,)](
-        maps,
-        dlogit,
-        parts,
-        conv_weight,
-        weight,
-        spatial,
-        dconv,
-        dweight,
-        dbias,
-        pixel_programs,
-        n * h * w,
-        c,
-        h,
-        w,
-        BATCH_STATISTICS=batch_statistics,
-        **conv,
-        BLOCK=block,
-        num_warps=8,
-    )
+    spatial_gate = _conv.backward(x, z, channel_pools, dlogit, parts, conv_weight, weight, spatial, batch_statistics)
     if w1 is None:
         dx, dresidual = _channel_bwd.launch_dx(dy, mask, x, spatial, spatial_argmax, need_dresidual)
         channel = [x.new_empty(0) for _ in range(4)]
@@ -699,15 +526,16 @@ def _backward(
             spatial_argmax,
             w1,
             w2,
+            b2,
             saved,
             argmax,
-            pools,
-            "relu",
-            "sigmoid",
+            *channel_gate,
             need_dresidual,
+            scratch,
+            tickets,
         )
     dresidual = x.new_empty(0) if dresidual is None else dresidual
-    return dx, dresidual, *channel, dconv.sum(0), dweight, dbias
+    return dx, dresidual, *channel, *spatial_gate
 
 
 def _backward_fake(
@@ -715,12 +543,13 @@ def _backward_fake(
     x,
     w1,
     w2,
+    b2,
     conv_weight,
     weight,
     bias,
     saved,
     argmax,
-    maps,
+    z,
     spatial_argmax,
     mask,
     pools,
@@ -733,8 +562,8 @@ def _backward_fake(
     else:
         channel = _channel.empty_dweights(w1, w2)
     dresidual = torch.empty_like(x) if need_dresidual else x.new_empty(0)
-    dconv = maps.new_empty(conv_weight.shape)
-    return torch.empty_like(x), dresidual, *channel, dconv, maps.new_empty(1), maps.new_empty(1)
+    dconv = z.new_empty(conv_weight.shape)
+    return torch.empty_like(x), dresidual, *channel, dconv, z.new_empty(1), z.new_empty(1)
 
 
 forward_op = register(
@@ -746,8 +575,8 @@ forward_op = register(
     _forward_fake,
 )
 backward_op = register(
-    "cbam_backward(Tensor dy, Tensor x, Tensor? w1, Tensor? w2, Tensor conv_weight, Tensor? weight, Tensor? bias, "
-    "Tensor saved, Tensor argmax, Tensor maps, Tensor spatial_argmax, Tensor mask, int pools, "
+    "cbam_backward(Tensor dy, Tensor x, Tensor? w1, Tensor? w2, Tensor? b2, Tensor conv_weight, Tensor? weight, "
+    "Tensor? bias, Tensor saved, Tensor argmax, Tensor z, Tensor spatial_argmax, Tensor mask, int pools, "
     "bool batch_statistics, bool relu, bool need_dresidual) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
@@ -777,12 +606,11 @@ class _CBAM(torch.autograd.Function):
         need_dresidual = ctx.needs_input_grad[8]
         if torch.is_grad_enabled():
             dy = unmask(dy, saved[-1], x) if ctx.relu else dy
-            count = 3 * x.shape[0] * x.shape[2] * x.shape[3]
-            formula = _formula(ctx.pool_types, ctx.batch_statistics, ctx.eps, saved[2][count : count + 2])
+            formula = _formula(ctx.pool_types, ctx.batch_statistics, ctx.eps, saved[2][-2:])
             inputs = (x, w1, b1, w2, b2, conv_weight, weight, bias)
             return *reference_gradients(formula, inputs, (dy,)), dy if need_dresidual else None, *no_options
         dx, dresidual, dw1, db1, dw2, db2, dconv, dweight, dbias = backward_op(
-            dy, x, w1, w2, conv_weight, weight, bias, *saved,
+            dy, x, w1, w2, b2, conv_weight, weight, bias, *saved,
             _channel.pool_bits(ctx.pool_types), ctx.batch_statistics, ctx.relu, ctx.relu and need_dresidual,
         )  # fmt: skip
         return (

@@ -6,7 +6,8 @@ Forward, 1 launch and a memset of counters, 2N (+ N residual): x is read for the
 _tickets.py), once more for y.
 Backward, 2 launches and a memset, 3N (+ N dresidual): dy and x are read for the gate's gradient, dy again from L2 for
 dx (x, too, for lp and lse); the weights' gradients touch no full-size tensor.
-Saved: x, and O(N * C): the pools, the hidden layer before its activation, the gate; one bit an element with ReLU.
+Saved: x, and O(N * C): the hidden layer before its activation, the index of the maximum, lp and lse; one bit an element
+with ReLU. Backward computes the gate and the other pools again.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from attn_kernels.ops._channel import (
     forward_pointers,
     get_row,
     hidden_layer,
+    kept_count,
     pool_bits,
     pool_count,
     pool_flags,
-    saved_pointers,
-    saved_size,
+    pool_pointer,
     scratch_size,
     squeeze,
 )
@@ -63,7 +64,7 @@ def channel_gate_kernel(
     b1_ptr,  # (H,) or None
     w2_ptr,  # (C, H)
     b2_ptr,  # (C,) or None
-    saved_ptr,  # pre (N, K, H), written; gate (N, C) and pool (N, K, C), written if SAVE
+    saved_ptr,  # pre (N, K, H), written; pool (N, L, C), written if SAVE
     argmax_ptr,  # (N, C), written if MAX, or None
     scratch_ptr,  # part (N, J, K, H), written; stats (N, S, Q, C), written if DIVIDED
     counters_ptr,  # and arg (N, S, C), written if DIVIDED and MAX
@@ -96,7 +97,9 @@ def channel_gate_kernel(
     K: tl.constexpr = AVG + MAX + LP + LSE
     J = tl.cdiv(C, BLOCK_C)
     S = tl.cdiv(P, CHUNK)
-    pre_ptr, gate_ptr, pool_ptr = saved_pointers(saved_ptr, N, C, H, K, SAVE)
+    pool_ptr = None
+    if SAVE:
+        pool_ptr = pool_pointer(saved_ptr, N, H, K)
     part_ptr, stats_ptr, arg_ptr = forward_pointers(scratch_ptr, counters_ptr, N, C, H, J, groups, K, MAX, DIVIDED)
     hidden_items = tl.cdiv(SAMPLES * K * H, BLOCK_E)
     ticket = take_ticket(counters_ptr)
@@ -105,12 +108,12 @@ def channel_gate_kernel(
         squeeze(
             x_ptr, w1_ptr, stats_ptr, arg_ptr, pool_ptr, argmax_ptr, part_ptr, counters_ptr,
             groups, group, item, N, C, P, H, CHUNK,
-            AVG, MAX, LP, LSE, part_ptr.dtype.element_ty, SAMPLES, CHANNELS_LAST, BLOCK_C, BLOCK_P, BLOCK_H,
+            AVG, MAX, LP, LSE, False, part_ptr.dtype.element_ty, SAMPLES, CHANNELS_LAST, BLOCK_C, BLOCK_P, BLOCK_H,
         )  # fmt: skip
         signal(flag(counters_ptr, groups, 0, group))
     elif item < hidden_items:
         wait(flag(counters_ptr, groups, 0, group), J * S)
-        hidden_layer(part_ptr, b1_ptr, pre_ptr, group, item, N, H, J, K, SAMPLES, BLOCK_E)
+        hidden_layer(part_ptr, b1_ptr, saved_ptr, group, item, N, H, J, K, SAMPLES, BLOCK_E)
         signal(flag(counters_ptr, groups, 1, group))
     else:
         item -= hidden_items
@@ -118,8 +121,7 @@ def channel_gate_kernel(
         c = item // S * BLOCK_C
         wait(flag(counters_ptr, groups, 1, group), hidden_items)
         b_gates = excite(
-            pre_ptr, w2_ptr, b2_ptr, gate_ptr, group, c, i_s == 0, N, C, H,
-            K, ACTIVATION, GATE, SAMPLES, BLOCK_C, BLOCK_H,
+            saved_ptr, w2_ptr, b2_ptr, None, group, c, N, C, H, K, ACTIVATION, GATE, SAMPLES, BLOCK_C, BLOCK_H,
         )  # fmt: skip
         for row in range(0, tl.minimum(SAMPLES, N - group * SAMPLES)):
             i_n = tl.cast(group * SAMPLES + row, tl.int64)
@@ -146,15 +148,12 @@ def _launch_forward(
     mask: Tensor | None,
 ) -> Tensor:
     n, c, h, w = x.shape
-    hidden = w1.shape[0]
+    hidden, k = w1.shape[0], pool_count(pools)
     plan = channel_plan(x, hidden)
     y = torch.empty_like(x)
-    save = saved is not None
     float_options = {"dtype": accumulation_dtype(x), "device": x.device}
-    if not save:
-        saved = torch.empty(saved_size(x, hidden, pools, False), **float_options)
-    middle = plan.hidden_items(pool_count(pools) * hidden)
-    channel_gate_kernel[(plan.groups * (2 * plan.items + middle),)](
+    pre = torch.empty(n * k * hidden, **float_options) if saved is None else saved
+    channel_gate_kernel[(plan.groups * (2 * plan.items + plan.hidden_items(k * hidden)),)](
         x,
         residual,
         y,
@@ -163,7 +162,7 @@ def _launch_forward(
         b1,
         w2,
         b2,
-        saved,
+        pre,
         argmax,
         torch.empty(scratch_size(x, hidden, pools, plan), **float_options),
         forward_counters(x, pools, plan),
@@ -178,7 +177,7 @@ def _launch_forward(
         ACTIVATION=activation,
         GATE=gate_name,
         RELU=relu,
-        SAVE=save,
+        SAVE=saved is not None and kept_count(pools) > 0,
         DIVIDED=plan.splits > 1,
         SAMPLES=plan.samples,
         BLOCK_H=plan.block_h,
@@ -215,6 +214,7 @@ def _backward(
     x: Tensor,
     w1: Tensor,
     w2: Tensor,
+    b2: Tensor | None,
     saved: Tensor,
     argmax: Tensor,
     mask: Tensor,
@@ -225,12 +225,13 @@ def _backward(
     need_dresidual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     mask = mask if relu else None
-    gate = w1, w2, saved, argmax, pools, activation, gate_name
-    dx, dresidual, *dweights = backward(like(dy, x), mask, x, None, None, *gate, need_dresidual)
+    dx, dresidual, *dweights = backward(
+        like(dy, x), mask, x, None, None, w1, w2, b2, saved, argmax, pools, activation, gate_name, need_dresidual
+    )
     return dx, x.new_empty(0) if dresidual is None else dresidual, *dweights
 
 
-def _backward_fake(dy, x, w1, w2, saved, argmax, mask, pools, activation, gate_name, relu, need_dresidual):
+def _backward_fake(dy, x, w1, w2, b2, saved, argmax, mask, pools, activation, gate_name, relu, need_dresidual):
     dresidual = torch.empty_like(x) if need_dresidual else x.new_empty(0)
     return torch.empty_like(x), dresidual, *empty_dweights(w1, w2)
 
@@ -242,8 +243,8 @@ _ARGUMENTS = (
 inference_op = register(f"channel_gate{_ARGUMENTS} -> Tensor", _inference, _inference_fake)
 forward_op = register(f"channel_gate_forward{_ARGUMENTS} -> (Tensor, Tensor, Tensor, Tensor)", _forward, _forward_fake)
 backward_op = register(
-    "channel_gate_backward(Tensor dy, Tensor x, Tensor w1, Tensor w2, Tensor saved, Tensor argmax, Tensor mask, "
-    "int pools, str activation, str gate_name, bool relu, bool need_dresidual) "
+    "channel_gate_backward(Tensor dy, Tensor x, Tensor w1, Tensor w2, Tensor? b2, Tensor saved, Tensor argmax, "
+    "Tensor mask, int pools, str activation, str gate_name, bool relu, bool need_dresidual) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
@@ -274,7 +275,7 @@ class _ChannelGate(torch.autograd.Function):
             gradients = reference_gradients(formula, (x, w1, b1, w2, b2), (dy,))
             return *gradients, dy if need_dresidual else None, None, None, None, None
         dx, dresidual, dw1, db1, dw2, db2 = backward_op(
-            dy, x, w1, w2, saved, argmax, mask, *ctx.options, relu and need_dresidual
+            dy, x, w1, w2, b2, saved, argmax, mask, *ctx.options, relu and need_dresidual
         )
         return (
             dx,

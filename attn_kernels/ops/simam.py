@@ -6,7 +6,7 @@ Forward, 1 launch, 2N (+ N residual). A plane that does not fit a program is rea
 Backward, 1 launch, 3N (+ N dresidual); likewise. With e = dy * y', t = x - mean and
 q = 1 / (4 * (variance + lambda)):
     dx = dy * sigmoid + 2 q t (e - 4 q sum_p(e t^2) / n) - 2 q sum_p(e t) / P.
-Saved: x, and mean and q of each plane; one bit an element with ReLU.
+Saved: x, and mean and q of planes that do not fit a program; one bit an element with ReLU.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from attn_kernels.ops._device import aligned, load_tail_grad, load_tile, store_t
 from attn_kernels.ops._launch import tile_options, whole_plane_tile
 from attn_kernels.ops._library import (
     empty_mask,
+    is_channels_last,
     like,
     needs_grad,
     reference_gradients,
@@ -45,6 +46,20 @@ def _merge_moments(b_mean, b_m2, b_x, p, P, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
+def _moments(b_x, P, LAMBDA: tl.constexpr, BLOCK_P: tl.constexpr):
+    """mean and q of whole planes."""
+    b_zero = tl.zeros([b_x.shape[0]], b_x.dtype)
+    b_mean, b_m2 = _merge_moments(b_zero, b_zero, b_x, 0, P, BLOCK_P)
+    return b_mean, _inverse(b_m2, P, LAMBDA)
+
+
+@triton.jit
+def _inverse(b_m2, P, LAMBDA: tl.constexpr):
+    """q, from the sum of squared deviations."""
+    return 1 / (4 * (b_m2 / tl.maximum(P - 1, 1) + LAMBDA))
+
+
+@triton.jit
 def _gated(b_x, b_mean, b_q):
     b_t = b_x - b_mean[:, None]
     return b_x * tl.sigmoid(b_t * b_t * b_q[:, None] + 0.5)
@@ -56,7 +71,7 @@ def simam_fwd_kernel(
     residual_ptr,  # (N, C, P) or None
     y_ptr,  # (N, C, P), written
     mask_ptr,  # bits of the ReLU, written, or None
-    saved_ptr,  # (N, 2, C), written, or None: mean and q
+    saved_ptr,  # (N, 2, C), written unless WHOLE, or None: mean and q
     C,
     P,
     LAMBDA: tl.constexpr,
@@ -73,28 +88,22 @@ def simam_fwd_kernel(
     blocks = tl.cdiv(C, BLOCK_C)
     i_n = (tl.program_id(0) // blocks).to(tl.int64)
     c = tl.program_id(0) % blocks * BLOCK_C
-    o_c = c + tl.arange(0, BLOCK_C)
-    m_c = o_c < C
-    n = tl.maximum(P - 1, 1)
-
-    b_mean = tl.zeros([BLOCK_C], ACC)
-    b_m2 = tl.zeros([BLOCK_C], ACC)
     if WHOLE:
         b_x = load_tile(x_ptr, i_n, c, 0, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-        b_mean, b_m2 = _merge_moments(b_mean, b_m2, b_x, 0, P, BLOCK_P)
-    else:
-        for p in range(0, P, BLOCK_P):
-            b_tile = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-            b_mean, b_m2 = _merge_moments(b_mean, b_m2, b_tile, p, P, BLOCK_P)
-    b_q = 1 / (4 * (b_m2 / n + LAMBDA))
-    if saved_ptr is not None:
-        tl.store(saved_ptr + i_n * 2 * C + o_c, b_mean, mask=m_c)
-        tl.store(saved_ptr + (i_n * 2 + 1) * C + o_c, b_q, mask=m_c)
-
-    if WHOLE:
+        b_mean, b_q = _moments(b_x, P, LAMBDA, BLOCK_P)
         b_y = _gated(b_x, b_mean, b_q)
         store_tail(b_y, y_ptr, residual_ptr, mask_ptr, i_n, c, 0, C, P, RELU, CHANNELS_LAST, BLOCK_C, BLOCK_P)
     else:
+        b_mean = tl.zeros([BLOCK_C], ACC)
+        b_m2 = tl.zeros([BLOCK_C], ACC)
+        for p in range(0, P, BLOCK_P):
+            b_tile = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+            b_mean, b_m2 = _merge_moments(b_mean, b_m2, b_tile, p, P, BLOCK_P)
+        b_q = _inverse(b_m2, P, LAMBDA)
+        if saved_ptr is not None:
+            o_c = c + tl.arange(0, BLOCK_C)
+            tl.store(saved_ptr + i_n * 2 * C + o_c, b_mean, mask=o_c < C)
+            tl.store(saved_ptr + (i_n * 2 + 1) * C + o_c, b_q, mask=o_c < C)
         for i in range(0, tl.cdiv(P, BLOCK_P)):
             p = (tl.cdiv(P, BLOCK_P) - 1 - i) * BLOCK_P  # backwards: the end of the planes was read last
             b_tile = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
@@ -129,11 +138,12 @@ def simam_bwd_kernel(
     dy_ptr,  # (N, C, P)
     mask_ptr,  # bits of the ReLU, or None
     x_ptr,  # (N, C, P)
-    saved_ptr,  # (N, 2, C): mean and q
+    saved_ptr,  # (N, 2, C): mean and q; not read if WHOLE
     dx_ptr,  # (N, C, P), written
     dresidual_ptr,  # (N, C, P), written, or None
     C,
     P,
+    LAMBDA: tl.constexpr,
     WHOLE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     UNIT: tl.constexpr,
@@ -142,20 +152,20 @@ def simam_bwd_kernel(
 ):
     """dx of BLOCK_C planes. Reads dy and x once if the planes fit the tile (WHOLE), else twice; writes dx."""
     C, P = aligned(C, P, UNIT, CHANNELS_LAST)
-    ACC: tl.constexpr = saved_ptr.dtype.element_ty
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     blocks = tl.cdiv(C, BLOCK_C)
     i_n = (tl.program_id(0) // blocks).to(tl.int64)
     c = tl.program_id(0) % blocks * BLOCK_C
-    o_c = c + tl.arange(0, BLOCK_C)
-    m_c = o_c < C
-    b_mean = tl.load(saved_ptr + i_n * 2 * C + o_c, mask=m_c, other=0)
-    b_q = tl.load(saved_ptr + (i_n * 2 + 1) * C + o_c, mask=m_c, other=0)
 
     if WHOLE:
-        b_dy = load_tail_grad(dy_ptr, mask_ptr, dresidual_ptr, i_n, c, 0, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
         b_x = load_tile(x_ptr, i_n, c, 0, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+        b_dy = load_tail_grad(dy_ptr, mask_ptr, dresidual_ptr, i_n, c, 0, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+        b_mean, b_q = _moments(b_x, P, LAMBDA, BLOCK_P)
         b_et, b_ett = _moment_grads(b_dy, b_x, b_mean, b_q)
     else:
+        o_c = c + tl.arange(0, BLOCK_C)
+        b_mean = tl.load(saved_ptr + i_n * 2 * C + o_c, mask=o_c < C, other=0)
+        b_q = tl.load(saved_ptr + (i_n * 2 + 1) * C + o_c, mask=o_c < C, other=0)
         b_et = tl.zeros([BLOCK_C], ACC)
         b_ett = tl.zeros([BLOCK_C], ACC)
         for p in range(0, P, BLOCK_P):
@@ -184,18 +194,19 @@ def _launch_forward(
 ) -> Tensor:
     n, c, h, w = x.shape
     tile = whole_plane_tile(x)
+    whole = tile.block_p >= h * w
     y = torch.empty_like(x)
     simam_fwd_kernel[(n * config.cdiv(c, tile.block_c),)](
         x,
         residual,
         y,
         mask,
-        saved,
+        None if whole else saved,
         c,
         h * w,
         LAMBDA=e_lambda,
         RELU=relu,
-        WHOLE=tile.block_p >= h * w,
+        WHOLE=whole,
         **tile_options(x, tile),
         maxnreg=128,
     )
@@ -217,8 +228,9 @@ def _forward(x: Tensor, residual: Tensor | None, e_lambda: float, relu: bool) ->
 
 
 def _empty_saved(x: Tensor) -> Tensor:
-    n, c, _, _ = x.shape
-    return torch.empty((n, 2, c), dtype=accumulation_dtype(x), device=x.device)
+    n, c, h, w = x.shape
+    whole = h * w <= config.largest_plane(x.element_size(), is_channels_last(x))
+    return torch.empty((n, 2, 0 if whole else c), dtype=accumulation_dtype(x), device=x.device)
 
 
 def _forward_fake(x, residual, e_lambda, relu):
@@ -226,7 +238,7 @@ def _forward_fake(x, residual, e_lambda, relu):
 
 
 def _backward(
-    dy: Tensor, x: Tensor, saved: Tensor, mask: Tensor, relu: bool, need_dresidual: bool
+    dy: Tensor, x: Tensor, saved: Tensor, mask: Tensor, e_lambda: float, relu: bool, need_dresidual: bool
 ) -> tuple[Tensor, Tensor]:
     n, c, h, w = x.shape
     tile = whole_plane_tile(x)
@@ -241,13 +253,14 @@ def _backward(
         dresidual,
         c,
         h * w,
+        LAMBDA=e_lambda,
         WHOLE=tile.block_p >= h * w,
         **tile_options(x, tile),
     )
     return dx, x.new_empty(0) if dresidual is None else dresidual
 
 
-def _backward_fake(dy, x, saved, mask, relu, need_dresidual):
+def _backward_fake(dy, x, saved, mask, e_lambda, relu, need_dresidual):
     return torch.empty_like(x), torch.empty_like(x) if need_dresidual else x.new_empty(0)
 
 
@@ -260,7 +273,7 @@ forward_op = register(
     _forward_fake,
 )
 backward_op = register(
-    "simam_backward(Tensor dy, Tensor x, Tensor saved, Tensor mask, bool relu, bool need_dresidual) "
+    "simam_backward(Tensor dy, Tensor x, Tensor saved, Tensor mask, float e_lambda, bool relu, bool need_dresidual) "
     "-> (Tensor, Tensor)",
     _backward,
     _backward_fake,
@@ -283,7 +296,7 @@ class _SimAM(torch.autograd.Function):
             dy = unmask(dy, mask, x) if ctx.relu else dy
             (dx,) = reference_gradients(lambda x: formula(x, ctx.e_lambda), (x,), (dy,))
             return dx, dy if need_dresidual else None, None, None
-        dx, dresidual = backward_op(dy, x, saved, mask, ctx.relu, ctx.relu and need_dresidual)
+        dx, dresidual = backward_op(dy, x, saved, mask, ctx.e_lambda, ctx.relu, ctx.relu and need_dresidual)
         return dx, (dresidual if ctx.relu else dy) if need_dresidual else None, None, None
 
 

@@ -1,0 +1,224 @@
+"""The convolution of CBAM's spatial gate, two maps to one, and what its BatchNorm needs, forward and backward.
+
+Maps are one value a pixel, small beside x; the KERNEL x KERNEL taps of a pixel are gathered from L1 and L2. Programs
+leave partial sums that the launch after them adds up, in order.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attn_kernels.ops import _config as config
+from attn_kernels.ops._library import is_channels_last
+
+# Programs at most: each leaves partial statistics that every program of the next kernel adds up.
+PROGRAMS = 256
+
+
+@triton.jit
+def _tap(q, m_q, W, H, SIGN: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr):
+    """Sample, pixel and validity, [TAPS, BLOCK], of each tap of the convolution at the flat pixels q of (N, H, W)."""
+    t = tl.arange(0, TAPS)
+    n = q // (H * W)
+    p = q % (H * W)
+    h = (p // W)[None, :] + SIGN * (t // KERNEL - KERNEL // 2)[:, None]
+    w = (p % W)[None, :] + SIGN * (t % KERNEL - KERNEL // 2)[:, None]
+    m = m_q[None, :] & (t < KERNEL * KERNEL)[:, None] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+    return n[None, :], h * W + w, m
+
+
+@triton.jit
+def conv_fwd_kernel(
+    pools_ptr,  # (N, 2, P): maximum, mean
+    part_ptr,  # (3, programs), written: count, mean and sum of squared deviations of the pixels of a program
+    weight_ptr,  # (2, KERNEL, KERNEL), in either layout
+    z_ptr,  # (N, P), written
+    COUNT,
+    H,
+    W,
+    MAP_STRIDE: tl.constexpr,
+    TAP_STRIDE: tl.constexpr,
+    KERNEL: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The convolution of two maps to one and, in the same pass, its statistics (Chan et al., 1983)."""
+    ACC: tl.constexpr = z_ptr.dtype.element_ty
+    pid = tl.program_id(0)
+    o_t = tl.arange(0, TAPS)
+    m_t = o_t < KERNEL * KERNEL
+    b_wmax = tl.load(weight_ptr + o_t * TAP_STRIDE, mask=m_t, other=0).to(ACC)
+    b_wmean = tl.load(weight_ptr + MAP_STRIDE + o_t * TAP_STRIDE, mask=m_t, other=0).to(ACC)
+    # The running statistics are kept as one-element tensors, so that they are the same type from the first pass on.
+    seen = tl.zeros([1], ACC)
+    mean = tl.zeros([1], ACC)
+    m2 = tl.zeros([1], ACC)
+    for start in range(pid * BLOCK, COUNT, tl.num_programs(0) * BLOCK):
+        q = start + tl.arange(0, BLOCK).to(tl.int64)
+        m_q = q < COUNT
+        n, p, m = _tap(q, m_q, W, H, 1, KERNEL, TAPS)
+        p_map = pools_ptr + n * (2 * H * W) + p
+        b_z = tl.load(p_map, mask=m, other=0) * b_wmax[:, None]
+        b_z += tl.load(p_map + H * W, mask=m, other=0) * b_wmean[:, None]
+        b_z = tl.sum(b_z, axis=0)
+        tl.store(z_ptr + q, b_z, mask=m_q)
+        count = tl.minimum(COUNT - start, BLOCK).to(ACC)
+        tile_mean = tl.sum(b_z, axis=0) / count
+        b_t = tl.where(m_q, b_z - tile_mean, 0.0)
+        delta = tile_mean - mean
+        m2 += tl.sum(b_t * b_t, axis=0) + delta * delta * (seen * count / (seen + count))
+        mean += delta * (count / (seen + count))
+        seen += count
+    o_part = pid + tl.arange(0, 1)
+    tl.store(part_ptr + o_part, seen)
+    tl.store(part_ptr + tl.num_programs(0) + o_part, mean)
+    tl.store(part_ptr + 2 * tl.num_programs(0) + o_part, m2)
+
+
+@triton.jit
+def conv_bwd_kernel(
+    z_ptr,  # (N, P) and, behind it, its mean and 1 / standard deviation
+    pools_ptr,  # (N, 2, P): maximum, mean
+    dlogit_ptr,  # (N, P)
+    part_ptr,  # (programs, 2): sums of dlogit and of dlogit * normalised z
+    conv_weight_ptr,  # (2, KERNEL, KERNEL), in either layout
+    weight_ptr,  # (1,) or None
+    spatial_ptr,  # (N, 3, P), its last two maps written: gradients of the maximum and of each channel by the mean
+    dconv_ptr,  # (programs, 2, KERNEL, KERNEL), written
+    dweight_ptr,  # (1,), written
+    dbias_ptr,  # (1,), written
+    programs,
+    COUNT,
+    C,
+    H,
+    W,
+    BATCH_STATISTICS: tl.constexpr,
+    MAP_STRIDE: tl.constexpr,
+    TAP_STRIDE: tl.constexpr,
+    KERNEL: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Backward of BatchNorm and of the convolution, on maps."""
+    ACC: tl.constexpr = z_ptr.dtype.element_ty
+    pid = tl.program_id(0)
+    b_sum = tl.zeros([1024], ACC)
+    b_dot = tl.zeros([1024], ACC)
+    for i in range(0, programs, 1024):
+        o_part = i + tl.arange(0, 1024)
+        b_sum += tl.load(part_ptr + o_part * 2, mask=o_part < programs, other=0)
+        b_dot += tl.load(part_ptr + o_part * 2 + 1, mask=o_part < programs, other=0)
+    dbias = tl.sum(b_sum, axis=0)
+    dweight = tl.sum(b_dot, axis=0)
+    if pid == 0:
+        tl.store(dweight_ptr, dweight)
+        tl.store(dbias_ptr, dbias)
+    mean = tl.load(z_ptr + COUNT)
+    invstd = tl.load(z_ptr + COUNT + 1)
+    scale = invstd
+    if weight_ptr is not None:
+        scale = scale * tl.load(weight_ptr).to(ACC)
+
+    o_t = tl.arange(0, TAPS)
+    m_t = o_t < KERNEL * KERNEL
+    b_wmax = tl.load(conv_weight_ptr + o_t * TAP_STRIDE, mask=m_t, other=0).to(ACC)
+    b_wmean = tl.load(conv_weight_ptr + MAP_STRIDE + o_t * TAP_STRIDE, mask=m_t, other=0).to(ACC)
+    b_dwmax = tl.zeros([TAPS, BLOCK], ACC)
+    b_dwmean = tl.zeros([TAPS, BLOCK], ACC)
+    for start in range(pid * BLOCK, COUNT, tl.num_programs(0) * BLOCK):
+        q = start + tl.arange(0, BLOCK).to(tl.int64)
+        m_q = q < COUNT
+        # The output pixels that each input pixel reaches.
+        n, p, m = _tap(q, m_q, W, H, -1, KERNEL, TAPS)
+        b_dz = tl.load(dlogit_ptr + n * (H * W) + p, mask=m, other=0)
+        if BATCH_STATISTICS:
+            b_normal = (tl.load(z_ptr + n * (H * W) + p, mask=m, other=0) - mean) * invstd
+            b_dz = tl.where(m, b_dz - (dbias + b_normal * dweight) / COUNT, 0.0)
+        b_dz *= scale
+        p_out = spatial_ptr + q // (H * W) * (3 * H * W) + q % (H * W)
+        tl.store(p_out + H * W, tl.sum(b_dz * b_wmax[:, None], axis=0), mask=m_q)
+        tl.store(p_out + 2 * H * W, tl.sum(b_dz * b_wmean[:, None], axis=0) / C, mask=m_q)
+        # The input pixels that each output pixel saw.
+        n, p, m = _tap(q, m_q, W, H, 1, KERNEL, TAPS)
+        b_dz = tl.load(dlogit_ptr + q, mask=m_q, other=0)
+        if BATCH_STATISTICS:
+            b_normal = (tl.load(z_ptr + q, mask=m_q, other=0) - mean) * invstd
+            b_dz = tl.where(m_q, b_dz - (dbias + b_normal * dweight) / COUNT, 0.0)
+        b_dz *= scale
+        p_map = pools_ptr + n * (2 * H * W) + p
+        b_dwmax += tl.load(p_map, mask=m, other=0) * b_dz[None, :]
+        b_dwmean += tl.load(p_map + H * W, mask=m, other=0) * b_dz[None, :]
+    p_dconv = dconv_ptr + pid * 2 * KERNEL * KERNEL + o_t
+    tl.store(p_dconv, tl.sum(b_dwmax, axis=1), mask=m_t)
+    tl.store(p_dconv + KERNEL * KERNEL, tl.sum(b_dwmean, axis=1), mask=m_t)
+
+
+def programs(x: Tensor, weight: Tensor) -> int:
+    """Of both kernels."""
+    n, _, h, w = x.shape
+    return min(config.cdiv(n * h * w, _block(weight)), PROGRAMS)
+
+
+def _block(weight: Tensor) -> int:
+    """Pixels a tile: a gather of 64-bit pointers costs registers."""
+    return max(config.TILE // 2 // config.next_power_of_2(weight.shape[-1] ** 2), 1)
+
+
+def _options(weight: Tensor) -> dict[str, int]:
+    """The kernels' constexpr arguments, and their warps."""
+    kernel = weight.shape[-1]
+    # A network in channels_last has its weights so, too: [KERNEL, KERNEL, 2].
+    map_stride, tap_stride = (1, 2) if is_channels_last(weight) else (kernel * kernel, 1)
+    return {
+        "MAP_STRIDE": map_stride,
+        "TAP_STRIDE": tap_stride,
+        "KERNEL": kernel,
+        "TAPS": config.next_power_of_2(kernel * kernel),
+        "BLOCK": _block(weight),
+        "num_warps": 8,
+    }
+
+
+def forward(x: Tensor, pools: Tensor, parts: Tensor, weight: Tensor, z: Tensor) -> None:
+    """Launch the convolution of ``pools``: ``z``, and ``parts`` of its statistics."""
+    n, _, h, w = x.shape
+    conv_fwd_kernel[(programs(x, weight),)](pools, parts, weight, z, n * h * w, h, w, **_options(weight))
+
+
+def backward(
+    x: Tensor,
+    z: Tensor,
+    pools: Tensor,
+    dlogit: Tensor,
+    parts: Tensor,
+    conv_weight: Tensor,
+    weight: Tensor | None,
+    spatial: Tensor,
+    batch_statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the backward of BatchNorm and convolution: ``dconv, dweight, dbias``, and the gradients in ``spatial``."""
+    n, c, h, w = x.shape
+    dconv = z.new_empty((programs(x, conv_weight), *conv_weight.shape))
+    dweight, dbias = z.new_empty(1), z.new_empty(1)
+    conv_bwd_kernel[(dconv.shape[0],)](
+        z,
+        pools,
+        dlogit,
+        parts,
+        conv_weight,
+        weight,
+        spatial,
+        dconv,
+        dweight,
+        dbias,
+        parts.shape[0],
+        n * h * w,
+        c,
+        h,
+        w,
+        BATCH_STATISTICS=batch_statistics,
+        **_options(conv_weight),
+    )
+    return dconv.sum(0), dweight, dbias
