@@ -156,11 +156,11 @@ def case(op, shape, layout, mode="train"):
     return Case(op, "", shape, shape[0] / traffic.BATCH, layout, mode, "float16", "H100")
 
 
-# Of kernels, and of what PyTorch launches beside them: the memset of counters, the sum of the convolution's gradients.
+# Of kernels, and of what PyTorch launches beside them: zeros for counters, the sum of the convolution's gradients.
 LAUNCHES = {
-    "SE": ((1, 2), (1, 1)),
-    "SE+add+ReLU": ((1, 2), (1, 1)),
-    "CBAM": ((3, 4), (1, 2)),
+    "SE": ((1, 1), (1, 1)),
+    "SE+add+ReLU": ((1, 1), (1, 1)),
+    "CBAM": ((3, 4), (1, 1)),
     "SimAM": ((1, 1), (0, 0)),
 }
 

@@ -1,9 +1,9 @@
 """Squeeze and excitation of channels, backward: the part that SE and CBAM's channel gate share.
 
-Two phases of one launch (see _tickets.py) and one on small matrices. The first reads dy and x: the gradient of the
-gate, the pools again, and partial sums over channels of fc2's transposed product (``dpart``). Items between the two add
-those up and go back to the hidden layer. The second goes through fc1 to the pools, reads dy again and writes dx. Then
-the weights' gradients, from what all have left.
+Two phases of one launch (see _tickets.py). The first reads dy and x: the gradient of the gate, the pools again, and
+partial sums over channels of fc2's transposed product (``dpart``). Items between the two add those up and go back to
+the hidden layer. The second goes through fc1 to the pools, reads dy again and writes dx. Items behind all others
+compute the weights' gradients from what the first phases have left.
 
 Shapes as in _channel.py; dlogit (N, C); dpart (N, J, H); dpre (N, K, H). The pools are in two places: average and
 maximum, computed here, in scratch, lp and lse in what forward saved.
@@ -224,6 +224,52 @@ def _dpool(
 
 
 @triton.jit
+def _dweights(
+    saved_ptr, dlogit_ptr, dpre_ptr, pool_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, item, N, C, H, AVG: tl.constexpr,
+    MAX: tl.constexpr, LP: tl.constexpr, LSE: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dw2 = dlogit^T @ hidden, dw1 = dpre^T @ pool, and the biases' sums, of a block of C x H; samples in order."""
+    ACC: tl.constexpr = saved_ptr.dtype.element_ty
+    K: tl.constexpr = AVG + MAX + LP + LSE
+    kept_ptr = pool_pointer(saved_ptr, N, H, K)
+    i_c = item // tl.cdiv(H, BLOCK)
+    i_h = item % tl.cdiv(H, BLOCK)
+    o_c = (i_c * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    o_h = (i_h * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    m_c = o_c < C
+    m_h = o_h < H
+    b_dw1 = tl.zeros([BLOCK, BLOCK], ACC)
+    b_dw2 = tl.zeros([BLOCK, BLOCK], ACC)
+    b_db1 = tl.zeros([BLOCK], ACC)
+    b_db2 = tl.zeros([BLOCK], ACC)
+    for n in tl.range(0, N, BLOCK, num_stages=1):
+        o_n = (n + tl.arange(0, BLOCK)).to(tl.int64)
+        m_n = o_n < N
+        m_cn = m_c[:, None] & m_n[None, :]
+        m_nh = m_n[:, None] & m_h[None, :]
+        b_dlogit = tl.load(dlogit_ptr + o_n[None, :] * C + o_c[:, None], mask=m_cn, other=0, cache_modifier=".cg")
+        b_db2 += tl.sum(b_dlogit, axis=1)
+        b_hidden = tl.zeros([BLOCK, BLOCK], ACC)
+        for k in tl.static_range(K):
+            p_hidden = (o_n[:, None] * K + k) * H + o_h[None, :]
+            b_hidden += activate(tl.load(saved_ptr + p_hidden, mask=m_nh, other=0), ACTIVATION)
+            b_dpre = tl.load(dpre_ptr + p_hidden, mask=m_nh, other=0, cache_modifier=".cg")
+            b_db1 += tl.sum(b_dpre, axis=0)
+            if k < AVG + MAX:
+                p_pool = pool_ptr + (o_n[None, :] * (AVG + MAX) + k) * C
+            else:
+                p_pool = kept_ptr + (o_n[None, :] * (LP + LSE) + (k - AVG - MAX)) * C
+            b_pool = tl.load(p_pool + o_c[:, None], mask=m_cn, other=0, cache_modifier=".cg")
+            b_dw1 += tl.dot(b_pool, b_dpre, input_precision="ieee", out_dtype=ACC)
+        b_dw2 += tl.dot(b_dlogit, b_hidden, input_precision="ieee", out_dtype=ACC)
+    m_ch = m_c[:, None] & m_h[None, :]
+    tl.store(dw1_ptr + o_h[None, :] * C + o_c[:, None], b_dw1, mask=m_ch)
+    tl.store(dw2_ptr + o_c[:, None] * H + o_h[None, :], b_dw2, mask=m_ch)
+    tl.store(db1_ptr + o_h, b_db1, mask=m_h & (i_c == 0))
+    tl.store(db2_ptr + o_c, K * b_db2, mask=m_c & (i_h == 0))
+
+
+@triton.jit
 def gates_kernel(
     pre_ptr,  # (N, K, H)
     w2_ptr,  # (C, H)
@@ -265,10 +311,14 @@ def gate_bwd_kernel(
     b2_ptr,  # (C,) or None
     saved_ptr,  # pre (N, K, H), pool (N, L, C); None without a channel gate, when only dx is computed
     argmax_ptr,  # (N, C) or None
-    scratch_ptr,  # gate (N, C), read behind a spatial gate, else written; written, all of scratch_pointers and
+    scratch_ptr,  # gate (N, C), read behind a spatial gate, else written; all of scratch_pointers, written, and
     counters_ptr,  # stats (N, S, 1 + AVG, C) if DIVIDED
     dx_ptr,  # (N, C, P), written
     dresidual_ptr,  # (N, C, P), written, or None
+    dw1_ptr,  # (H, C), written
+    db1_ptr,  # (H,), written
+    dw2_ptr,  # (C, H), written
+    db2_ptr,  # (C,), written
     N,
     groups,
     lead,
@@ -290,8 +340,9 @@ def gate_bwd_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):
-    """dx = d(gated x) * gate + the pools' gradients, and what those of the weights need. Reads dy twice and x."""
+    """dx = d(gated x) * gate + the pools' gradients, and the weights' gradients. Reads dy twice and x."""
     C, P = aligned(C, P, UNIT, CHANNELS_LAST)
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     K: tl.constexpr = AVG + MAX + LP + LSE
@@ -308,7 +359,17 @@ def gate_bwd_kernel(
             stats_ptr = dpart_ptr + tl.cast(N, tl.int64) * J * H
         ticket = take_ticket(counters_ptr)
         second, group, item = work_item(ticket, groups, lead, J * S, hidden_items + J * S, hidden_items)
-        if not second:
+        # Behind the second phase of the last group come the weights, which wait for the hidden layer of all.
+        weight_item = ticket - groups * (hidden_items + 2 * J * S)
+        second = second & (weight_item < 0)
+        p_done = flag(counters_ptr, groups, 2, 0)
+        if weight_item >= 0:
+            wait(p_done, groups * hidden_items)
+            _dweights(
+                saved_ptr, dlogit_ptr, dpre_ptr, pool_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, weight_item, N, C, H,
+                AVG, MAX, LP, LSE, ACTIVATION, BLOCK_W,
+            )  # fmt: skip
+        elif not second:
             _dgate(
                 dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, w2_ptr, b2_ptr, saved_ptr, argmax_ptr,
                 scratch_ptr, dlogit_ptr, pool_ptr, dpart_ptr, stats_ptr, counters_ptr, groups, group, item,
@@ -319,6 +380,7 @@ def gate_bwd_kernel(
             wait(flag(counters_ptr, groups, 0, group), J * S)
             _hidden_grad(dpart_ptr, saved_ptr, dpre_ptr, group, item, N, H, J, K, ACTIVATION, SAMPLES, BLOCK_E)
             signal(flag(counters_ptr, groups, 1, group))
+            signal(p_done)
     if second & (item >= hidden_items):
         item -= hidden_items
         i_s = item % S
@@ -370,68 +432,6 @@ def gate_bwd_kernel(
                         if LSE:
                             b_dx += b_dlse[:, None] * tl.exp(b_x - b_lse[:, None])
                 store_tile(b_dx, dx_ptr, i_n, c, p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-
-
-@triton.jit
-def dweights_kernel(
-    saved_ptr,  # pre (N, K, H), pool (N, L, C)
-    scratch_ptr,  # gate (N, C), dlogit (N, C), dpre (N, K, H), pool (N, K - L, C)
-    dw1_ptr,  # (H, C), written
-    db1_ptr,  # (H,), written
-    dw2_ptr,  # (C, H), written
-    db2_ptr,  # (C,), written
-    N,
-    C,
-    H,
-    AVG: tl.constexpr,
-    MAX: tl.constexpr,
-    LP: tl.constexpr,
-    LSE: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    """dw2 = dlogit^T @ hidden, dw1 = dpre^T @ pool, and the biases' sums, for a block of C x H; samples in order."""
-    ACC: tl.constexpr = saved_ptr.dtype.element_ty
-    K: tl.constexpr = AVG + MAX + LP + LSE
-    dlogit_ptr, dpre_ptr, pool_ptr, _ = scratch_pointers(scratch_ptr, N, C, H, AVG, MAX, K)
-    kept_ptr = pool_pointer(saved_ptr, N, H, K)
-    i_c = tl.program_id(0)
-    i_h = tl.program_id(1)
-    o_c = (i_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
-    o_h = (i_h * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)
-    m_c = o_c < C
-    m_h = o_h < H
-    b_dw1 = tl.zeros([BLOCK_C, BLOCK_H], ACC)
-    b_dw2 = tl.zeros([BLOCK_C, BLOCK_H], ACC)
-    b_db1 = tl.zeros([BLOCK_H], ACC)
-    b_db2 = tl.zeros([BLOCK_C], ACC)
-    for n in range(0, N, BLOCK_N):
-        o_n = (n + tl.arange(0, BLOCK_N)).to(tl.int64)
-        m_n = o_n < N
-        m_cn = m_c[:, None] & m_n[None, :]
-        m_nh = m_n[:, None] & m_h[None, :]
-        b_dlogit = tl.load(dlogit_ptr + o_n[None, :] * C + o_c[:, None], mask=m_cn, other=0)
-        b_db2 += tl.sum(b_dlogit, axis=1)
-        b_hidden = tl.zeros([BLOCK_N, BLOCK_H], ACC)
-        for k in tl.static_range(K):
-            p_hidden = (o_n[:, None] * K + k) * H + o_h[None, :]
-            b_hidden += activate(tl.load(saved_ptr + p_hidden, mask=m_nh, other=0), ACTIVATION)
-            b_dpre = tl.load(dpre_ptr + p_hidden, mask=m_nh, other=0)
-            b_db1 += tl.sum(b_dpre, axis=0)
-            if k < AVG + MAX:
-                p_pool = pool_ptr + (o_n[None, :] * (AVG + MAX) + k) * C
-            else:
-                p_pool = kept_ptr + (o_n[None, :] * (LP + LSE) + (k - AVG - MAX)) * C
-            b_pool = tl.load(p_pool + o_c[:, None], mask=m_cn, other=0)
-            b_dw1 += tl.dot(b_pool, b_dpre, input_precision="ieee", out_dtype=ACC)
-        b_dw2 += tl.dot(b_dlogit, b_hidden, input_precision="ieee", out_dtype=ACC)
-    m_ch = m_c[:, None] & m_h[None, :]
-    tl.store(dw1_ptr + o_h[None, :] * C + o_c[:, None], b_dw1, mask=m_ch)
-    tl.store(dw2_ptr + o_c[:, None] * H + o_h[None, :], b_dw2, mask=m_ch)
-    tl.store(db1_ptr + o_h, b_db1, mask=m_h & (i_c == 0))
-    tl.store(db2_ptr + o_c, K * b_db2, mask=m_c & (i_h == 0))
 
 
 def gates(
@@ -486,37 +486,15 @@ def backward(
 
     Behind a spatial gate ``scratch`` begins with the gate's values, and ``tickets`` are counters at zero.
     """
-    n, c, _, _ = x.shape
     hidden = w1.shape[0]
-    plan = channel_plan(x, hidden)
     if scratch is None:
-        scratch = empty_scratch(x, hidden, pools, saved)
-    channel = w1, w2, b2, saved, argmax, scratch, counters(x, plan) if tickets is None else tickets
+        scratch, tickets = empty_scratch(x, hidden, pools, saved), counters(x, channel_plan(x, hidden))
+    channel = w1, w2, b2, saved, argmax, scratch, tickets
+    dweights = empty_dweights(w1, w2)
     dx, dresidual = launch_dx(
-        dy, mask, x, spatial, spatial_argmax, need_dresidual, channel, hidden, pools, activation, gate_name
+        dy, mask, x, spatial, spatial_argmax, need_dresidual, channel, dweights, hidden, pools, activation, gate_name
     )
-    dw1, db1, dw2, db2 = empty_dweights(w1, w2)
-    # fp64 operands of tl.dot take twice the shared memory.
-    block_c, block_h = (32, config.hidden_block(hidden, 32)) if saved.dtype == torch.float32 else (16, 16)
-    dweights_kernel[(config.cdiv(c, block_c), config.cdiv(hidden, block_h))](
-        saved,
-        scratch,
-        dw1,
-        db1,
-        dw2,
-        db2,
-        n,
-        c,
-        hidden,
-        **pool_flags(pools),
-        ACTIVATION=activation,
-        BLOCK_N=16,
-        BLOCK_C=block_c,
-        BLOCK_H=block_h,
-        num_warps=4,
-        maxnreg=255,  # fewer would spill a few bytes, for an occupancy that small matrices have no use for
-    )
-    return dx, dresidual, dw1, db1, dw2, db2
+    return dx, dresidual, *dweights
 
 
 def empty_scratch(x: Tensor, hidden: int, pools: int, saved: Tensor) -> Tensor:
@@ -536,6 +514,7 @@ def launch_dx(
     spatial_argmax: Tensor | None,
     need_dresidual: bool,
     channel: tuple[Tensor | None, ...] = (None,) * 7,
+    dweights: tuple[Tensor | None, ...] = (None,) * 4,
     hidden: int = 0,
     pools: int = 0,
     activation: str = "relu",
@@ -546,8 +525,11 @@ def launch_dx(
     plan = channel_plan(x, hidden)
     dx = torch.empty_like(x)
     dresidual = torch.empty_like(x) if need_dresidual else None
-    items = 2 * plan.items + plan.hidden_items(hidden) if hidden else plan.items
-    gate_bwd_kernel[(plan.groups * items,)](
+    programs = plan.groups * plan.items
+    if hidden:
+        programs += plan.groups * (plan.items + plan.hidden_items(hidden))
+        programs += config.cdiv(c, config.WEIGHT_BLOCK) * config.cdiv(hidden, config.WEIGHT_BLOCK)
+    gate_bwd_kernel[(programs,)](
         dy,
         mask,
         x,
@@ -556,6 +538,7 @@ def launch_dx(
         *channel,
         dx,
         dresidual,
+        *dweights,
         n,
         plan.groups,
         plan.lead,
@@ -570,6 +553,7 @@ def launch_dx(
         SAMPLES=plan.samples,
         BLOCK_H=plan.block_h,
         BLOCK_E=config.HIDDEN_ELEMENTS,
+        BLOCK_W=config.WEIGHT_BLOCK,
         **tile_options(x, plan.tile),
         maxnreg=128,
     )

@@ -19,6 +19,8 @@ BYTE = 8
 ITEM_BYTES = 32 * 1024
 # Elements of a gate's hidden layer that a program adds up, over 16 blocks of channels at a time.
 HIDDEN_ELEMENTS = 256
+# Channels, hidden units and samples at once of the gradients of a gate's weights: more spill beside the other phases.
+WEIGHT_BLOCK = 16
 # Samples of small planes that a program serves at most, so that it reads its weights once for all of them.
 SAMPLES = 16
 

@@ -2,12 +2,12 @@
 
 Woo et al., ECCV 2018, equations 1 to 3. N = bytes of x; maps of one value a pixel are small beside it.
 
-Forward, 3 launches and a memset, 3N (+ N residual): the channel gate reads x and, while it is still in L2 (see
-_tickets.py), the channel pool reads it again; the convolution and the batch's statistics on maps (see _conv.py); the
-scale reads x and writes y. u itself is never written.
-Backward, 6 launches, 5N (+ N dresidual): the channel gates again; the spatial gate's gradient, with its pools again,
-reads dy and x; the convolution's backward, 2, on maps; the channel gate's reads dy and x, dy again from L2, and writes
-dx; the weights' gradients.
+Forward, 3 launches and one that zeroes counters, 3N (+ N residual): the channel gate reads x and, while it is still in
+L2 (see _tickets.py), the channel pool reads it again; the convolution and the batch's statistics on maps (see
+_conv.py); the scale reads x and writes y. u itself is never written.
+Backward, 5 launches, 5N (+ N dresidual): the channel gates again; the spatial gate's gradient, with its pools again,
+reads dy and x; the convolution's backward, 2, on maps; the channel gate's, with the weights', reads dy and x, dy again
+from L2, and writes dx.
 Without the channel gate 3 launches, 3N and 4 launches, 4N.
 Saved: x, O(N * C) of the channel gate, and two maps: the convolution's output and the index of the maximum; with ReLU
 one bit an element.

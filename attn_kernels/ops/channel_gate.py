@@ -2,10 +2,10 @@
 
 Hu et al., CVPR 2018, equations 2 to 4; Woo et al., ECCV 2018, equation 2. N = bytes of x.
 
-Forward, 1 launch and a memset of counters, 2N (+ N residual): x is read for the pools and, while it is still in L2 (see
-_tickets.py), once more for y.
-Backward, 2 launches and a memset, 3N (+ N dresidual): dy and x are read for the gate's gradient, dy again from L2 for
-dx (x, too, for lp and lse); the weights' gradients touch no full-size tensor.
+Forward, 1 launch and one that zeroes counters, 2N (+ N residual): x is read for the pools and, while it is still in L2
+(see _tickets.py), once more for y.
+Backward, likewise, 3N (+ N dresidual): dy and x are read for the gate's gradient, dy again from L2 for dx (x, too, for
+lp and lse); the weights' gradients touch no full-size tensor.
 Saved: x, and O(N * C): the hidden layer before its activation, the index of the maximum, lp and lse; one bit an element
 with ReLU. Backward computes the gate and the other pools again.
 """
