@@ -3,11 +3,14 @@
 A result is right if it is no further from the float64 reference than twice the error of the eager reference in the
 same dtype, plus one unit in the last place of the tensor's largest value. This holds for the greatest error, and for
 the root mean square: where rounding flips a maximum in eager, one element's error is all that a gradient can be wrong.
+Where few roundings make the whole error, eager's as well, one draw says little: see :func:`average`.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -15,17 +18,19 @@ from torch import Tensor
 
 
 class Verdict(NamedTuple):
-    """What :func:`compare` found, by the measure nearer to its limit, in units of the tensor's scale."""
+    """What :func:`compare` found, by the measure nearer to its limit, in units of the tensor's scale.
+
+    ``used`` is the share of the allowed error that was used; above 1 is wrong.
+    """
 
     error: float
     eager_error: float
     allowed: float
-    ok: bool
+    used: float
 
     @property
-    def used(self) -> float:
-        """The share of the allowed error that was used; above 1 is wrong."""
-        return self.error / self.allowed
+    def ok(self) -> bool:
+        return self.used <= 1
 
 
 def compare(fused: Tensor, eager: Tensor, oracle: Tensor, *, scale: float | None = None) -> Verdict:
@@ -62,8 +67,17 @@ def compare(fused: Tensor, eager: Tensor, oracle: Tensor, *, scale: float | None
         eager_error = measure(eager_difference) / scale
         allowed = 2 * eager_error + info.eps
         error = math.inf if difference is None or not difference.isfinite().all() else measure(difference) / scale
-        verdicts.append(Verdict(error, eager_error, allowed, error <= allowed))
+        verdicts.append(Verdict(error, eager_error, allowed, error / allowed))
     return max(verdicts, key=lambda verdict: verdict.used)
+
+
+def average(verdicts: Iterable[Verdict]) -> Verdict:
+    """The verdict on several draws of one quantity: right if they use no more than what is allowed in the mean.
+
+    The mean is that of the shares, each of what its own draw allows: an ill-conditioned draw makes all errors large,
+    eager's as well, so that of all draws' errors in one pool it alone would decide, by luck again.
+    """
+    return Verdict(*map(statistics.fmean, zip(*verdicts, strict=True)))
 
 
 def _greatest(t: Tensor) -> float:

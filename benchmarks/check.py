@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import reference
 import reference.models
-from benchmarks.accuracy import Verdict, compare
+from benchmarks.accuracy import Verdict, average, compare
 from benchmarks.device import prepare
 from benchmarks.meter import meter
 from benchmarks.photo import MAPS, batch, feature_maps
@@ -48,13 +48,15 @@ TAIL_MAPS = ("stem", "stage2", "stage4")  # here with the end of a residual bloc
 
 IMAGE_SIZE = 224
 GPU_BATCH = 32
-INTERPRETER_BATCH = {"BAM": 8}  # BatchNorm over few samples makes of a unit in its input tens, in eager as well
-FEW = 3
+INTERPRETER_BATCH = 3
+# Of maps, parameters and gradients. In float32 few roundings may make the whole error, of which eager's is as often the
+# small one; in the other dtypes it is that of what is stored, or eager's own, and one draw is enough.
+DRAWS = {"float32": 4}
 # Channels and side that the interpreter is given of each map: some ms a program is what it costs.
 INTERPRETED = {"stem": (32, 12), "stage1": (48, 10), "stage2": (64, 8), "stage3": (96, 8), "stage4": (96, 7)}
 
 FULL_SIZE = ("output", "grad x", "grad residual")
-DRAWS = 4  # of the output's gradient, from which the scale of a parameter's gradient is taken
+OUTPUT_GRADIENTS = 4  # from which the scale of a parameter's gradient is taken
 NOTHING = 1e-9  # of a layer's weight's gradient: what rounding in float64 leaves of a sum that is 0
 KINK = 1 / 16  # of the residual: several units in the last place of a bfloat16
 
@@ -84,29 +86,31 @@ def run(arguments: argparse.Namespace) -> int:
         for place in itertools.product(modules, arguments.maps, LAYOUTS, arguments.dtypes)
     ]
     findings: list[Finding] = []
-    small: dict[tuple[str, str, str], dict[str, list[Sample]]] = {}
+    small: dict[tuple[str, str, str], dict[str, list[list[Sample]]]] = {}
     costs: dict[Case, Cost] = {}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("feature maps", total=len(cases) + (NETWORK in what))
-        most = GPU_BATCH if device.type == "cuda" else max(INTERPRETER_BATCH.values())
-        maps = feature_maps(batch(most, IMAGE_SIZE).to(device))
+        size = GPU_BATCH if device.type == "cuda" else INTERPRETER_BATCH
+        images = batch(size * max(draws(dtype) for dtype in arguments.dtypes), IMAGE_SIZE)
+        maps = [feature_maps(part.to(device)) for part in images.split(size)]
         for case in cases:
             progress.update(task, description=f"{case.module} {case.map} {case.layout} {case.dtype}")
-            size = most if device.type == "cuda" else INTERPRETER_BATCH.get(case.module, FEW)
-            samples, cost = measure(case, maps[case.map][:size])
-            for tensor, sample in samples.items():
+            samples, cost = measure(case, [draw[case.map] for draw in maps[: draws(case.dtype)]])
+            for tensor in samples[0]:
+                drawn = [draw[tensor] for draw in samples]
                 if tensor in FULL_SIZE:
                     place = f"{case.map}, {case.layout}"
-                    findings.append(Finding(case.module, tensor, case.dtype, place, compare(*sample[:3])))
+                    verdict = average(compare(*sample[:3]) for sample in drawn)
+                    findings.append(Finding(case.module, tensor, case.dtype, place, verdict))
                 else:
                     layer, _, kind = tensor.rpartition(".")
-                    small.setdefault((case.module, layer, case.dtype), {}).setdefault(kind, []).append(sample)
+                    small.setdefault((case.module, layer, case.dtype), {}).setdefault(kind, []).append(drawn)
             if case.dtype == arguments.dtypes[-1]:
                 costs[case] = cost
             progress.advance(task)
         for (module, layer, dtype), kinds in small.items():
-            verdict = compare_small(itertools.chain(*kinds.values()))
+            verdict = average(map(compare_small, zip(*itertools.chain(*kinds.values()), strict=True)))
             findings.append(Finding(module, f"{layer}.{' and '.join(kinds)}", dtype, "all maps", verdict))
         if NETWORK in what:
             progress.update(task, description="se_resnet_50")
@@ -125,39 +129,46 @@ def run(arguments: argparse.Namespace) -> int:
 Sample = tuple[Tensor, Tensor, Tensor, float]  # fused, eager, oracle, scale
 
 
-def measure(case: Case, feature_map: Tensor) -> tuple[dict[str, Sample], Cost]:
-    """Run one case with the reference in float64, the eager reference and the fused module."""
+def draws(dtype: str) -> int:
+    return DRAWS.get(dtype, 1)
+
+
+def measure(case: Case, feature_maps: Iterable[Tensor]) -> tuple[list[dict[str, Sample]], Cost]:
+    """Run one case with the reference in float64, the eager reference and the fused module on each of some maps.
+
+    The parameters and the output's gradient are other ones for each map; the cost is that of the last.
+    """
     import attn_kernels  # here, for prepare() has to come before
 
-    interpreted = feature_map.device.type == "cpu"
-    if interpreted:
-        feature_map = _piece(feature_map, *INTERPRETED[case.map])
-    channels, device = feature_map.shape[1], feature_map.device
-    torch.manual_seed(0)
-    eager = getattr(reference, case.module)(channels).to(device)
-    fused = getattr(attn_kernels, case.module)(channels).to(device)
-    fused.load_state_dict(eager.state_dict(), strict=True)
-    oracle = copy.deepcopy(eager).double()
-    x, residual, dy = inputs(case, feature_map, oracle)
+    samples = []
+    for seed, feature_map in enumerate(feature_maps):
+        interpreted = feature_map.device.type == "cpu"
+        if interpreted:
+            feature_map = _piece(feature_map, *INTERPRETED[case.map])
+        channels, device = feature_map.shape[1], feature_map.device
+        torch.manual_seed(seed)
+        eager = getattr(reference, case.module)(channels).to(device)
+        fused = getattr(attn_kernels, case.module)(channels).to(device)
+        fused.load_state_dict(eager.state_dict(), strict=True)
+        oracle = copy.deepcopy(eager).double()
+        x, residual, dy = inputs(case, feature_map, oracle, seed)
 
-    exact = [t if t is None else t.double() for t in (x, residual, dy)]
-    expected, scales = expect(oracle, *exact)
-    count = meter if interpreted else nullcontext
-    eager_results, eager_traffic = forward_backward(eager, x, residual, dy, count)
-    fused_results, fused_traffic = forward_backward(fused, x, residual, dy, count)
-    samples = {
-        tensor: (fused_results[tensor], eager_results[tensor], expected[tensor], scales[tensor]) for tensor in expected
-    }
+        exact = [t if t is None else t.double() for t in (x, residual, dy)]
+        expected, scales = expect(oracle, *exact)
+        count = meter if interpreted else nullcontext
+        eager_results, eager_traffic = forward_backward(eager, x, residual, dy, count)
+        fused_results, fused_traffic = forward_backward(fused, x, residual, dy, count)
+        samples.append({t: (fused_results[t], eager_results[t], expected[t], scales[t]) for t in expected})
     traffic = {"eager": eager_traffic, "fused": fused_traffic} if interpreted else {}
     seconds = {} if interpreted else _device_times({"eager": eager, "fused": fused}, x, residual, dy)
     return samples, Cost(tuple(x.shape), x.nbytes, traffic, seconds)
 
 
-def inputs(case: Case, feature_map: Tensor, oracle: nn.Module) -> tuple[Tensor, Tensor | None, Tensor]:
+def inputs(case: Case, feature_map: Tensor, oracle: nn.Module, seed: int) -> tuple[Tensor, Tensor | None, Tensor]:
     """x, the residual if the case has one, and the gradient of the output."""
     layout = LAYOUTS[case.layout]
     x = feature_map.to(DTYPES[case.dtype]).contiguous(memory_format=layout)
-    dy = torch.empty_like(x).normal_(generator=torch.Generator(x.device).manual_seed(1))
+    dy = torch.empty_like(x).normal_(generator=torch.Generator(x.device).manual_seed(1 + seed))
     if not case.tail:
         return x, None, dy
     # The identity of a stage's first block has both signs: another image's map about its mean.
@@ -192,7 +203,7 @@ def expect(
     The sum that makes a parameter's gradient may cancel for one dy, when it is no scale for what rounding does to its
     terms: the largest of several dy is. Before BatchNorm a bias has no gradient at all: its layer's weight gives one.
     """
-    draws = [forward_backward(copy.deepcopy(oracle), x, residual, dy.roll(i, 0))[0] for i in range(DRAWS)]
+    draws = [forward_backward(copy.deepcopy(oracle), x, residual, dy.roll(i, 0))[0] for i in range(OUTPUT_GRADIENTS)]
     largest = {tensor: max(draw[tensor].abs().max().item() for draw in draws) for tensor in draws[0]}
     for tensor in largest:
         if tensor.endswith(".bias") and largest[tensor] < NOTHING * (weight := largest[f"{tensor[:-5]}.weight"]):

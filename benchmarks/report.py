@@ -59,11 +59,12 @@ def accuracy_table(findings: Sequence[Finding], modules: Iterable[str], dtypes: 
     """A row a tensor, with the verdict nearest to its limit for each dtype."""
     table = _table(
         "Greatest error against float64 relative to the tensor's size, where it is nearest to what is allowed",
-        "allowed: twice the eager reference's error and one unit in the last place of the largest element",
+        "share: of what is allowed, twice the eager reference's error and one unit in the last place of the largest "
+        "element; means over the draws",
     )
     _columns(table, "module", "tensor")
     for dtype in dtypes:
-        _columns(table, f"{dtype} fused", "eager", "allowed", justify="right")
+        _columns(table, f"{dtype} fused", "eager", "share", justify="right")
     _columns(table, "verdict")
     for module in modules:
         table.add_section()
@@ -75,7 +76,7 @@ def accuracy_table(findings: Sequence[Finding], modules: Iterable[str], dtypes: 
             cells = []
             for dtype in dtypes:
                 worst = max((f.verdict for f in found if f.dtype == dtype), key=lambda verdict: verdict.used)
-                cells += [_error(worst.error), _error(worst.eager_error), _error(worst.allowed)]
+                cells += [_error(worst.error), _error(worst.eager_error), _share(worst.used)]
             table.add_row(module, _short(tensor), *cells, _ok(all(f.verdict.ok for f in found)))
     return table
 
@@ -126,8 +127,8 @@ def conclusion(findings: Sequence[Finding]) -> Text:
     wrong = [finding for finding in findings if not finding.verdict.ok]
     text = Text()
     for module, tensor, dtype, place, verdict in wrong:
-        error, allowed = _error(verdict.error), _error(verdict.allowed)
-        text.append(f"WRONG {module}, {place}, {dtype}: {tensor}: error {error}, allowed {allowed}\n", style="red")
+        error, share = _error(verdict.error), _share(verdict.used)
+        text.append(f"WRONG {module}, {place}, {dtype}: {tensor}: error {error}, {share} of the allowed\n", style="red")
     return text.append(f"{len(findings) - len(wrong)} of {len(findings)} comparisons agree with the reference.")
 
 
@@ -157,6 +158,10 @@ def _short(tensor: str) -> str:
 
 def _error(value: float) -> str:
     return f"{value:.1e}"
+
+
+def _share(value: float) -> str:
+    return f"{value:.2f}"
 
 
 def _ok(ok: bool) -> Text:

@@ -16,7 +16,7 @@ from triton.runtime import interpreter
 import attn_kernels.models
 import reference.models
 from benchmarks.__main__ import main
-from benchmarks.accuracy import compare
+from benchmarks.accuracy import Verdict, average, compare
 from benchmarks.device import prepare
 from benchmarks.meter import meter
 from benchmarks.photo import MAPS, batch, feature_maps, photograph
@@ -89,6 +89,38 @@ class TestAccuracyRule:
         assert compare(zero.float(), zero.float(), zero).ok
         assert not compare(noise, zero.float(), zero).ok
         assert compare(noise, zero.float(), zero, scale=1.0).ok
+
+
+class TestAverageOfDraws:
+    """Few numbers, each of one rounding, more or less amplified from draw to draw as by BatchNorm."""
+
+    @staticmethod
+    def draws(times: float) -> list[Verdict]:
+        """400, with errors ``times`` those of eager."""
+        verdicts = []
+        for _ in range(400):
+            oracle = torch.randn(8, dtype=torch.float64)
+            amplified = 2.0 ** torch.randint(-20, -10, ()).item()
+            fused, eager = (oracle + size * amplified * torch.randn(8, dtype=torch.float64) for size in (times, 1.0))
+            verdicts.append(compare(fused.float(), eager.float(), oracle))
+        return verdicts
+
+    @staticmethod
+    def wrong(verdicts: list[Verdict]) -> float:
+        """The part of groups of 4 that is found wrong."""
+        return sum(not average(verdicts[i : i + 4]).ok for i in range(0, 400, 4)) / 100
+
+    def test_is_no_matter_of_luck(self):
+        same, worse = self.draws(1.0), self.draws(4.0)
+        alone = sum(not verdict.ok for verdict in same) / 400
+        assert self.wrong(same) < alone / 2
+        assert self.wrong(worse) > 0.98
+
+    @pytest.mark.parametrize("error", [8.0, math.inf])
+    def test_does_not_hide_one_draw_that_is_far_off(self, error):
+        fine, wrong = Verdict(0.5, 0.25, 1.0, 0.5), Verdict(error, 0.25, 1.0, error)
+        assert average([fine] * 4).ok
+        assert not average([fine, fine, wrong, fine]).ok
 
 
 @triton.jit
