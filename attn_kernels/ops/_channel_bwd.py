@@ -555,6 +555,6 @@ def launch_dx(
         BLOCK_E=config.HIDDEN_ELEMENTS,
         BLOCK_W=config.WEIGHT_BLOCK,
         **tile_options(x, plan.tile),
-        maxnreg=128,
+        maxnreg=config.registers(plan.tile.num_warps),
     )
     return dx, dresidual

@@ -512,6 +512,7 @@ def _backward(
         c,
         h * w,
         **tile_options(x, tile),
+        maxnreg=config.registers(tile.num_warps),
     )
     spatial_gate = _conv.backward(x, z, channel_pools, dlogit, parts, conv_weight, weight, spatial, batch_statistics)
     if w1 is None:
