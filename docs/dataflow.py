@@ -31,8 +31,7 @@ ROWS: dict[str, tuple[tuple[Step, ...], tuple[Step, ...]]] = {
     "SE, ChannelGate": (
         (Step("pools, MLP,\ngate, scale", ("x",), ("y",), ("x",)),),
         (
-            Step("gate's and MLP's\ngradient, dx", ("dy", "x"), ("dx",), ("dy",)),
-            Step("MLP's weights"),
+            Step("gate's and MLP's\ngradient, dx,\nweights", ("dy", "x"), ("dx",), ("dy",)),
         ),
     ),
     "CBAM": (
@@ -42,11 +41,11 @@ ROWS: dict[str, tuple[tuple[Step, ...], tuple[Step, ...]]] = {
             Step("BatchNorm,\ngate, scale", ("x",), ("y",)),
         ),
         (
+            Step("channel gates\nagain"),
             Step("spatial gate's\ngradient", ("dy", "x")),
             Step("BatchNorm,\nconv"),
-            Step("channel gate's\ngradient, dx", ("dy", "x"), ("dx",), ("dy",)),
-            Step("MLP's weights"),
             Step("conv's weight"),
+            Step("channel gate's\ngradient, dx,\nweights", ("dy", "x"), ("dx",), ("dy",)),
         ),
     ),
     "BAM": (
