@@ -32,8 +32,9 @@ from attn_kernels.ops._library import (
     register,
     unmask,
 )
+from attn_kernels.ops.batch_norm_relu import batch_norm_relu, can_add, is_fusable
 from reference._common import accumulation_dtype
-from reference.bam import channel_logits, spatial_logits
+from reference.bam import channel_logits, spatial_layer
 
 
 @triton.jit
@@ -424,6 +425,25 @@ def _apply_formula(x, channel, spatial):
     return x * (1 + torch.sigmoid(channel[:, :, None, None].to(x.dtype) * spatial.to(x.dtype)))
 
 
+def _spatial_logits(reduced: Tensor, gate_s: nn.Sequential) -> Tensor:
+    """``reference.bam.spatial_logits``, with kernels for BatchNorm, ReLU and the convolution to one channel."""
+    t, layers = reduced, list(gate_s)[1:]
+    while layers:
+        norm, *behind = layers
+        if behind and is_fusable(norm, behind[0]) and _is_map(t, norm.num_features, reduced):
+            last = [layer for layer in behind[1:2] if can_add(layer, norm.num_features)]
+            t = batch_norm_relu(t, norm, *last)
+            layers = behind[1 + len(last) :]
+        else:
+            t, layers = spatial_layer(t, norm), behind
+    return t
+
+
+def _is_map(t: Tensor, channels: int, reduced: Tensor) -> bool:
+    """Whether ``t`` is what check_bam has seen; layers of other kinds may make anything of a map."""
+    return type(t) is type(reduced) and t.shape == (reduced.shape[0], channels, *reduced.shape[2:])
+
+
 def bam(x: Tensor, gate_c: nn.Sequential, gate_s: nn.Sequential, residual: Tensor | None, relu: bool) -> Tensor:
     """The fused operator, differentiable; ``x`` and ``residual`` (N, C, H, W), dense in the same layout."""
     reduce = gate_s[0]
@@ -431,7 +451,7 @@ def bam(x: Tensor, gate_c: nn.Sequential, gate_s: nn.Sequential, residual: Tenso
     bias = None if reduce.bias is None else reduce.bias.to(x.dtype)
     squeeze = _Squeeze.apply if needs_grad(x, weight, bias) else squeeze_op
     mean, reduced, *slots = squeeze(x, weight, bias)
-    channel, spatial = contiguous(channel_logits(mean, gate_c), spatial_logits(reduced, gate_s))
+    channel, spatial = contiguous(channel_logits(mean, gate_c), _spatial_logits(reduced, gate_s))
     if needs_grad(x, channel, spatial, residual):
         return _Apply.apply(x, channel, spatial, residual, relu, *slots)
     return apply_op(x, channel, spatial, residual, relu, False)[0]

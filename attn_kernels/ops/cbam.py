@@ -14,7 +14,6 @@ bit an element.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 
 import torch
@@ -23,9 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from attn_kernels.ops import _channel, _channel_bwd
+from attn_kernels.ops import _channel, _channel_bwd, _norm
 from attn_kernels.ops import _config as config
-from attn_kernels.ops._device import aligned, load_tail_grad, load_tile, store_tail
+from attn_kernels.ops._device import aligned, load_tail_grad, load_tile, store_tail, update_running
 from attn_kernels.ops._launch import channel_plan, pixel_tile, tile_options
 from attn_kernels.ops._library import (
     contiguous,
@@ -39,7 +38,7 @@ from attn_kernels.ops._library import (
     unmask,
 )
 from attn_kernels.ops._tickets import flag, signal, take_ticket, wait, work_item
-from reference._common import accumulation_dtype, uses_batch_statistics
+from reference._common import accumulation_dtype
 from reference.cbam import channel_gate, spatial_gate
 
 # Programs of the convolution at most: each leaves partial statistics that every program of the next kernel adds up.
@@ -314,10 +313,8 @@ def scale_kernel(
                 tl.store(batches_ptr, batches)
                 if CUMULATIVE:
                     factor = 1 / batches.to(ACC)
-            old_mean = tl.load(running_mean_ptr).to(ACC)
-            old_var = tl.load(running_var_ptr).to(ACC)
-            tl.store(running_mean_ptr, (1 - factor) * old_mean + factor * mean)
-            tl.store(running_var_ptr, (1 - factor) * old_var + factor * (variance * COUNT / (COUNT - 1)))
+            update_running(running_mean_ptr, mean, factor, None)
+            update_running(running_var_ptr, variance * COUNT / (COUNT - 1), factor, None)
 
     blocks = tl.cdiv(P, BLOCK_P)
     i_n = (pid // blocks).to(tl.int64)
@@ -546,7 +543,6 @@ def _forward(
     parts = maps.new_empty((3, programs))
     conv_fwd_kernel[(programs,)](maps, parts, conv_weight, n * h * w, h, w, **conv, BLOCK=block, num_warps=8)
     y, mask = torch.empty_like(x), empty_mask(x, relu and save)
-    momentum_high = 0.0 if momentum is None else _float32(momentum)
     scale_kernel[grid](
         x,
         residual,
@@ -562,8 +558,7 @@ def _forward(
         batches,
         programs,
         n * h * w,
-        momentum_high,
-        0.0 if momentum is None else momentum - momentum_high,
+        *_norm.split_momentum(momentum),
         n,
         c,
         h * w,
@@ -577,8 +572,7 @@ def _forward(
         **tile_options(x, tile),
     )
     if update:
-        buffers = [t for t in (running_mean, running_var, batches) if t is not None]
-        torch.autograd.graph.increment_version(buffers)
+        _norm.mark_updated(running_mean, running_var, batches)
     if saved is None:
         saved, argmax = maps.new_empty(0), maps.new_empty(0, dtype=torch.int32)
     return y, saved, argmax, maps, spatial_argmax, mask
@@ -589,10 +583,6 @@ def _empty_maps(x: Tensor) -> tuple[Tensor, Tensor]:
     n, _, h, w = x.shape
     maps = torch.empty(3 * n * h * w + 2, dtype=accumulation_dtype(x), device=x.device)
     return maps, torch.empty((n, h, w), dtype=torch.int32, device=x.device)
-
-
-def _float32(value: float) -> float:
-    return struct.unpack("f", struct.pack("f", value))[0]
 
 
 def _forward_fake(
@@ -817,22 +807,9 @@ def _formula(pool_types: Sequence[str], batch_statistics: bool, eps: float, stat
     return formula
 
 
-def _is_batch_norm(norm: object) -> bool:
-    """A BatchNorm2d, or timm's BatchNormAct2d that adds nothing to one."""
-    if isinstance(norm, nn.BatchNorm2d) and type(norm).__name__ == "BatchNormAct2d":
-        return type(norm.drop) is type(norm.act) is nn.Identity
-    return type(norm) is nn.BatchNorm2d
-
-
 def is_fusable(norm: object) -> bool:
     """Whether the kernels can stand for this norm: a plain BatchNorm2d of one channel with its usual buffers."""
-    return (
-        _is_batch_norm(norm)
-        and norm.num_features == 1
-        and (norm.running_mean is None) == (norm.running_var is None)
-        and (norm.momentum is not None or norm.num_batches_tracked is not None or norm.running_mean is None)
-        and not (norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks)
-    )
+    return _norm.is_fusable(norm) and norm.num_features == 1
 
 
 def cbam(
@@ -850,9 +827,7 @@ def cbam(
     are updated inside the kernels, once.
     """
     parameters = (*contiguous(*mlp), dense(conv_weight), norm.weight, norm.bias)
-    update = norm.training and norm.track_running_stats and norm.running_mean is not None
-    buffers = norm.running_mean, norm.running_var, norm.num_batches_tracked
-    options = uses_batch_statistics(norm), update, norm.momentum, norm.eps, relu
+    buffers, options = _norm.buffers(norm), (*_norm.options(norm), relu)
     if needs_grad(x, *parameters, residual):
         return _CBAM.apply(x, *parameters, residual, *buffers, tuple(pool_types), *options)
     pools = _channel.pool_bits(pool_types)
