@@ -64,8 +64,10 @@ def apply_fwd_kernel(
     C, P = aligned(C, P, UNIT, CHANNELS_LAST)
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     blocks = tl.cdiv(P, BLOCK_P)
-    i_n = (tl.program_id(0) // blocks).to(tl.int64)
-    p = tl.program_id(0) % blocks * BLOCK_P
+    # Last pixels first: what squeeze_kernel read last is what may still be in L2.
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_n = (pid // blocks).to(tl.int64)
+    p = pid % blocks * BLOCK_P
     o_p = p + tl.arange(0, BLOCK_P)
     b_spatial = tl.load(spatial_ptr + i_n * P + o_p, mask=o_p < P, other=0).to(ACC)
     for c in range(0, C, BLOCK_C):
@@ -202,8 +204,10 @@ def dx_kernel(
         b_dweight = tl.zeros([BLOCK_H, BLOCK_C], ACC)
         b_dbias = tl.zeros([BLOCK_H], ACC)
         for t in range(i_q, N * blocks, tl.num_programs(1)):
-            i_n = tl.cast(t // blocks, tl.int64)
-            p = t % blocks * BLOCK_P
+            # Last pixels first: what dlogits_kernel read last is what may still be in L2.
+            i_t = N * blocks - 1 - t
+            i_n = tl.cast(i_t // blocks, tl.int64)
+            p = i_t % blocks * BLOCK_P
             o_p = p + tl.arange(0, BLOCK_P)
             b_dreduced = load_tile(dreduced_ptr, i_n, h, p, H, P, ACC, CHANNELS_LAST, BLOCK_H, BLOCK_P)
             b_dbias += tl.sum(b_dreduced, axis=1)
