@@ -212,7 +212,9 @@ def norm_tile(
     # What every program leaves, 8 bytes a channel, every one of the next launch reads, as one tile: so many programs
     # that all of it is no more than the map.
     programs = min(math.isqrt(n * p * itemsize // 8), TILE // block_c, cdiv(2 * multiprocessors, blocks))
-    return Tile.of(block_c, block_p, c if channels_last else p, itemsize), min(max(programs, 1), n * cdiv(p, block_p))
+    # The parts need registers: half as many bytes a thread.
+    tile = Tile.of(block_c, block_p, c if channels_last else p, itemsize, 32)
+    return tile, min(max(programs, 1), n * cdiv(p, block_p))
 
 
 def hidden_block(hidden: int, block_c: int) -> int:

@@ -154,7 +154,7 @@ def squeeze_kernel(
         for c in range(0, C, BLOCK_C):
             o_c = c + tl.arange(0, BLOCK_C)
             b_x = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-            b_weight = _load_weight(weight_ptr, o_h, o_c, H, C, x_ptr, ACC)
+            b_weight = load_weight(weight_ptr, o_h, o_c, H, C, ACC)
             b_reduced += tl.dot(b_weight, b_x, input_precision=PRECISION, out_dtype=ACC)
             if h == 0:
                 tl.store(mean_ptr + (i_n * blocks + i_b) * C + o_c, tl.sum(b_x, axis=1) / P, mask=o_c < C)
@@ -203,11 +203,10 @@ def dx_kernel(
         b_weight = _load_weight(weight_ptr, o_h, o_c, H, C, x_ptr, ACC)
         b_dweight = tl.zeros([BLOCK_H, BLOCK_C], ACC)
         b_dbias = tl.zeros([BLOCK_H], ACC)
+        # Last samples first: what dlogits_kernel read last is what may still be in L2.
         for t in range(i_q, N * blocks, tl.num_programs(1)):
-            # Last pixels first: what dlogits_kernel read last is what may still be in L2.
-            i_t = N * blocks - 1 - t
-            i_n = tl.cast(i_t // blocks, tl.int64)
-            p = i_t % blocks * BLOCK_P
+            i_n = tl.cast(N - 1 - t // blocks, tl.int64)
+            p = t % blocks * BLOCK_P
             o_p = p + tl.arange(0, BLOCK_P)
             b_dreduced = load_tile(dreduced_ptr, i_n, h, p, H, P, ACC, CHANNELS_LAST, BLOCK_H, BLOCK_P)
             b_dbias += tl.sum(b_dreduced, axis=1)
@@ -292,7 +291,7 @@ def _squeeze(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Te
     reduced = _empty_reduced(x, weight)
     squeeze_kernel[(n * blocks,)](
         x,
-        weight,
+        weight.to(x.dtype),  # in the kernel, that costs registers that it has not
         bias,
         reduced,
         mean,
