@@ -168,8 +168,8 @@ def test_saves_x_and_little_else(device):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             module(x, residual, "relu")
         share = sum(saved.values()) / (x.numel() * x.element_size())
-        # One bit an element is 1/32 of fp32; BAM's branches keep six maps of a sixteenth of the channels.
-        assert share < (0.45 if name == "BAM" else 0.07), f"{name} saves {share:.1%} of x"
+        # One bit an element is 1/32 of fp32; BAM's branches keep five maps of a sixteenth of the channels.
+        assert share < (0.37 if name == "BAM" else 0.07), f"{name} saves {share:.1%} of x"
 
 
 def test_bitwise_reproducible(modules, device):
