@@ -162,7 +162,8 @@ def squeeze_kernel(
             if h == 0:
                 tl.store(mean_ptr + (i_n * blocks + i_b) * C + o_c, tl.sum(b_x, axis=1) / P, mask=o_c < C)
         if bias_ptr is not None:
-            b_reduced += tl.load(bias_ptr + o_h, mask=m_h, other=0).to(ACC)[:, None]
+            b_bias = tl.load(bias_ptr + o_h, mask=m_h, other=0).to(x_ptr.dtype.element_ty)  # as the reference does
+            b_reduced += b_bias.to(ACC)[:, None]
         # A reduced map is a sample of H channels in x's layout.
         store_tile(b_reduced, reduced_ptr, i_n, h, p, H, P, CHANNELS_LAST, BLOCK_H, BLOCK_P)
 
