@@ -14,10 +14,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 import reference
+from attn_kernels.ops._library import PLAIN, dense, like
+from attn_kernels.ops._norm import is_plain
 from reference._common import without_autocast
 from reference.bam import check_bam
 from reference.cbam import check_cbam, check_channel_gate, check_spatial_gate
@@ -44,13 +45,8 @@ else:
         from attn_kernels.ops import channel_gate as _channel_gate
         from attn_kernels.ops import channel_scale as _channel_scale
         from attn_kernels.ops import simam as _simam
-        from attn_kernels.ops._library import dense, like
 
         _DEVICES = ("cuda", "cpu") if triton.knobs.runtime.interpret else ("cuda",)
-
-# A kernel reads the memory of these. Any other subclass (a shard, a quantised weight) has operators of its own. Under
-# torch.compile and in its fake tensors an operator is recorded, not run.
-_PLAIN = frozenset((Tensor, nn.Parameter, FakeTensor, type(None)))
 
 __all__ = ["bam", "cbam", "channel_attention", "channel_gate", "se", "simam", "spatial_gate"]
 
@@ -79,8 +75,8 @@ def why_not(x: Tensor, others: Sequence[Tensor | None] = (), norm: object = None
         reasons.append("a sample of x has 2**30 elements or more")
     if n * h * w >= 2**29:
         reasons.append("x has 2**29 pixels or more")
-    if type(x) not in _PLAIN or not _PLAIN.issuperset(map(type, others)):
-        kinds = sorted({type(t).__name__ for t in (x, *others) if type(t) not in _PLAIN})
+    if type(x) not in PLAIN or not PLAIN.issuperset(map(type, others)):
+        kinds = sorted({type(t).__name__ for t in (x, *others) if type(t) not in PLAIN})
         reasons.append(f"x, the residual or a parameter is a {', '.join(kinds)}, and the kernels read plain tensors")
     if forward_ad._current_level >= 0:
         reasons.append("the kernels have no forward-mode derivative")
@@ -90,10 +86,7 @@ def why_not(x: Tensor, others: Sequence[Tensor | None] = (), norm: object = None
         if not _cbam.is_fusable(norm):
             kind = type(norm).__name__
             reasons.append(f"the norm ({kind}) is not a plain BatchNorm2d: one channel, its usual buffers, no hooks")
-        elif not (
-            _PLAIN.issuperset(map(type, norm._parameters.values()))
-            and _PLAIN.issuperset(map(type, norm._buffers.values()))
-        ):
+        elif not is_plain(norm):
             reasons.append("a parameter or buffer of the norm is no plain tensor")
     return reasons
 

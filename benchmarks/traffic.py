@@ -82,8 +82,8 @@ OPS = {
     "SE": Op("SE", 3, 4, dram=5.3),
     "SE+add+ReLU": Op("SE", 4, 5.1, dram=7.4, tail=True),
     "CBAM": Op("CBAM", 4, 6, dram=8.3),
-    # What PyTorch moves of its branches' maps, 20 times a sixteenth of x, comes on top.
-    "BAM": Op("BAM", 4 + 1, 8, dram=8.5 + 1.2),
+    # 0.8 and 1.25 of it are the branches' maps of C/16 channels; 0.3, at 7x7, parts of the reducing weight's gradient.
+    "BAM": Op("BAM", 3.8, 6.6, dram=8.5),
     "SimAM": Op("SimAM", 2, 3, dram=5.2, forward_channels_last=3, backward_channels_last=5),
 }
 # Of the budget: parameters, gates and maps, which are not full-size. A slice has half of the channels and fewer, so

@@ -17,7 +17,7 @@ KERNEL, PYTORCH, TENSOR, WRITTEN = "#2f6fb5", "#9aa5b1", "#1f2933", "#c2571a"
 
 
 class Step(NamedTuple):
-    """A launch or, where ``pytorch``, layers that PyTorch runs on small tensors."""
+    """A launch or, where ``pytorch``, layers on small tensors that PyTorch runs, but for ``launches`` of our own."""
 
     does: str
     reads: tuple[str, ...] = ()
@@ -25,14 +25,13 @@ class Step(NamedTuple):
     again: tuple[str, ...] = ()
     """Read a second time, as a rule from L2."""
     pytorch: bool = False
+    launches: int = 0
 
 
 ROWS: dict[str, tuple[tuple[Step, ...], tuple[Step, ...]]] = {
     "SE, ChannelGate": (
         (Step("pools, MLP,\ngate, scale", ("x",), ("y",), ("x",)),),
-        (
-            Step("gate's and MLP's\ngradient, dx,\nweights", ("dy", "x"), ("dx",), ("dy",)),
-        ),
+        (Step("gate's and MLP's\ngradient, dx,\nweights", ("dy", "x"), ("dx",), ("dy",)),),
     ),
     "CBAM": (
         (
@@ -51,12 +50,12 @@ ROWS: dict[str, tuple[tuple[Step, ...], tuple[Step, ...]]] = {
     "BAM": (
         (
             Step("means,\n1x1 reduce", ("x",)),
-            Step("both branches,\nC/16 channels", pytorch=True),
+            Step("both branches,\nC/16 channels", pytorch=True, launches=6),
             Step("gate, scale", ("x",), ("y",)),
         ),
         (
             Step("logits'\ngradients", ("dy", "x")),
-            Step("both branches", pytorch=True),
+            Step("both branches", pytorch=True, launches=6),
             Step("dx, reduce's\nweight", ("dy", "x"), ("dx",)),
         ),
     ),
@@ -77,7 +76,7 @@ def draw_steps(ax: Axes, steps: tuple[Step, ...], title: str, columns: int) -> N
     """One row of steps, with what they read above and what they write below."""
     ax.set(xlim=(-0.1, columns * PITCH), ylim=(-1.0, 2.2))
     ax.axis("off")
-    launches = sum(not s.pytorch for s in steps)
+    launches = sum(s.launches if s.pytorch else 1 for s in steps)
     moved = sum(len(s.reads) + len(s.writes) for s in steps)
     ax.set_title(f"{title}: {launches} launch{'es' * (launches > 1)}, {moved}N", loc="left", fontsize=10, color=TENSOR)
     for i, step in enumerate(steps):
@@ -115,8 +114,8 @@ def main() -> None:
         for ax, steps, direction, columns in zip(row, passes, ("forward", "backward"), COLUMNS, strict=True):
             draw_steps(ax, steps, f"{name}, {direction}", columns)
     figure.supxlabel(
-        "Blue box: one launch. Grey box: what PyTorch runs on small tensors, its launches not counted. "
-        "Arrows: tensors of x's size, read (blue), read\nagain, from L2 as a rule (dashed, not counted), "
+        "Blue box: one launch. Grey box: what PyTorch runs on small tensors, its launches not counted (but BAM's 6 of "
+        "ours). Arrows: tensors of x's size, read (blue), read\nagain, from L2 as a rule (dashed, not counted), "
         "written (orange). A residual is one more read of the last box of forward. N = bytes of x.",
         fontsize=8.5,
         color=TENSOR,

@@ -71,16 +71,20 @@ def spatial_logits(reduced: Tensor, gate_s: nn.Sequential) -> Tensor:
     """(N, 1, H, W) spatial logits of the (N, h, H, W) reduced map, whose dtype the maps in between keep."""
     t = reduced
     for layer in gate_s[1:]:
-        state = next(layer.parameters(), None)
-        # BatchNorm takes a 16-bit map with parameters in float32.
-        mixes = isinstance(layer, nn.BatchNorm2d) and t.element_size() == 2
-        if state is None or state.dtype == t.dtype or (mixes and state.dtype == torch.float32):
-            t = layer(t)
-        elif isinstance(layer, nn.Conv2d):
-            t = convolve(t, layer)
-        else:
-            t = layer(t.to(state.dtype)).to(t.dtype)
+        t = spatial_layer(t, layer)
     return t
+
+
+def spatial_layer(t: Tensor, layer: nn.Module) -> Tensor:
+    """One layer of the spatial branch on the map ``t``, in whose dtype the result is."""
+    state = next(layer.parameters(), None)
+    # BatchNorm takes a 16-bit map with parameters in float32.
+    mixes = isinstance(layer, nn.BatchNorm2d) and t.element_size() == 2
+    if state is None or state.dtype == t.dtype or (mixes and state.dtype == torch.float32):
+        return layer(t)
+    if isinstance(layer, nn.Conv2d):
+        return convolve(t, layer)
+    return layer(t.to(state.dtype)).to(t.dtype)
 
 
 def convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:

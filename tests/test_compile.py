@@ -1,6 +1,7 @@
 """What Triton compiles for each architecture, without a GPU, and what the gate over it rejects."""
 
 import csv
+import itertools
 import math
 import os
 import subprocess
@@ -17,6 +18,7 @@ from triton.runtime import interpreter
 
 import attn_kernels
 from attn_kernels.functional import is_fused
+from attn_kernels.ops import _launch, batch_norm_relu
 from attn_kernels.ops._device import tile_offsets
 from benchmarks.compile import (
     BATCHES,
@@ -205,7 +207,7 @@ def test_cases_are_those_that_were_asked_for():
 
 @interpreted
 class TestAddresses:
-    """The last programs of each kernel, on tensors of more than 2**31 elements that have no memory."""
+    """The first and last programs of each kernel, on tensors of more than 2**31 elements that have no memory."""
 
     SHAPE = (8448, 64, 64, 64)  # samples that BAM's programs share evenly, so that the last one has the last
 
@@ -248,10 +250,12 @@ class TestAddresses:
                 tickets = [*range(end - second, end), *range(grid[0] - second, grid[0])]
             full_grid = (*grid, 1, 1)[:3]
             monkeypatch.setattr(builder, "set_grid_dim", lambda b, *_: set_grid_dim(b, *full_grid))
-            monkeypatch.setattr(builder, "set_grid_idx", lambda b, *_: set_grid_idx(b, *(n - 1 for n in full_grid)))
             spans.clear()
-            for ticket[0] in tickets:
-                interpreter.GridExecutor(kernel.rewrite(), kernel.arg_names, (1,))(*args, **kwargs)
+            # The first and the last program along each axis: a walk may begin at either end.
+            for corner in itertools.product(*({0, n - 1} for n in full_grid)):
+                monkeypatch.setattr(builder, "set_grid_idx", lambda b, *_, c=corner: set_grid_idx(b, *c))
+                for ticket[0] in tickets:
+                    interpreter.GridExecutor(kernel.rewrite(), kernel.arg_names, (1,))(*args, **kwargs)
             found.append((kernel.__name__, min(low for low, _ in spans), max(high for _, high in spans)))
 
         monkeypatch.setattr(builder, "create_masked_load", load)
@@ -263,15 +267,24 @@ class TestAddresses:
         return found
 
     @pytest.mark.parametrize("layout", LAYOUTS)
-    @pytest.mark.parametrize("name", ["SE", "CBAM", "BAM", "SimAM", "ChannelAttention"])
-    def test_reach_the_last_element_and_no_further(self, name, layout, touched):
+    @pytest.mark.parametrize("name", ["SE", "CBAM", "BAM", "wide BAM", "SimAM", "ChannelAttention"])
+    def test_reach_the_last_element_and_no_further(self, name, layout, touched, monkeypatch):
+        options = ()
+        if name == "wide BAM":  # whose maps are as large as x
+            name, options = "BAM", (("reduction_ratio", 1),)
+
+            # Few tiles a program, the last one's last.
+            monkeypatch.setattr(batch_norm_relu, "norm_tile", lambda c, whole: (_launch.norm_tile(c, whole)[0], len(c)))
         with torch.device("meta"):
-            module = Site("", name, self.SHAPE[1:]).build(attn_kernels)
+            module = Site("", name, self.SHAPE[1:], options=options).build(attn_kernels)
             x = torch.empty(self.SHAPE, dtype=torch.float16).to(memory_format=LAYOUTS[layout]).requires_grad_()
         with launching_on_meta(2112 if name == "BAM" else 132):  # more, so that a program of BAM's has few samples
             y = module(x, x, "relu")
             torch.autograd.grad(y, x, torch.empty_like(y))
         assert touched
+        assert not options or {"statistics_kernel", "normalize_kernel", "dparameters_kernel", "dc_kernel"} <= {
+            kernel for kernel, _, _ in touched
+        }
         for kernel, low, high in touched:
             assert low >= 0, kernel
             assert high == x.nbytes, kernel

@@ -40,3 +40,19 @@ def test_few_partial_products():
     for c, p, channels_last in itertools.product(CHANNELS, PIXELS, (False, True)):
         tile = config.plane_tile(1, c, p, 2, channels_last, 132)
         assert config.cdiv(c, tile.block_c) <= (128 if channels_last else 64)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_norm_tiles_fit(channels_last, whole):
+    for n, c, p, itemsize, sms in itertools.product((1, 8, 32, 256), CHANNELS, PIXELS, (2, 4, 8), (1, 58, 132)):
+        if whole and c > config.ADDED_CHANNELS:
+            continue
+        tile, programs = config.norm_tile(n, c, p, itemsize, channels_last, sms, whole)
+        assert all(block & (block - 1) == 0 and block >= 1 for block in (tile.block_c, tile.block_p))
+        assert tile.block_c >= c or not whole
+        assert tile.block_c * tile.block_p <= config.TILE
+        assert 1 <= programs <= n * config.cdiv(p, tile.block_p)  # each has a tile
+        assert config.next_power_of_2(programs) * tile.block_c <= config.TILE  # what all leave is one tile
+        assert programs == 1 or programs**2 * 8 <= n * p * itemsize
+        assert 1 <= tile.num_warps <= 16

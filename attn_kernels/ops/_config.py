@@ -6,6 +6,7 @@ Thresholds are reasoned from bytes and machine code and not yet measured on a GP
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 # Elements of x that a program holds at once; each is a register for every accumulator that is kept lane by lane.
@@ -23,6 +24,8 @@ HIDDEN_ELEMENTS = 256
 WEIGHT_BLOCK = 16
 # Samples of small planes that a program serves at most, so that it reads its weights once for all of them.
 SAMPLES = 16
+# Channels of a map that a program holds at once at most, where it adds them up.
+ADDED_CHANNELS = 128
 
 
 def next_power_of_2(n: int) -> int:
@@ -208,6 +211,26 @@ def reduce_bwd_tile(n: int, c: int, p: int, hidden: int, itemsize: int, multipro
     block_c, block_p = 128 // itemsize, min(max(next_power_of_2(p), 16), 64 if block_h * itemsize <= 64 else 32)
     programs = min(n * cdiv(p, block_p), cdiv(2 * multiprocessors, cdiv(c, block_c)))
     return Tile(block_c, block_p, 8), block_h, programs
+
+
+@functools.lru_cache
+def norm_tile(
+    n: int, c: int, p: int, itemsize: int, channels_last: bool, multiprocessors: int, whole: bool
+) -> tuple[Tile, int]:
+    """For BatchNorm of a map: a program owns ``block_c`` channels, all if ``whole``; programs that share the pixels."""
+    block_c = next_power_of_2(c)
+    if not whole:
+        # Rows of 256 bytes; of 256 pixels where planes are large.
+        block_c = min(block_c, 256 // itemsize if channels_last else max(TILE // min(next_power_of_2(p), 256), 1))
+    blocks, block_p = cdiv(c, block_c), min(next_power_of_2(p), max(TILE // block_c, 1))
+    while block_p > 32 and n * cdiv(p, block_p) * blocks < multiprocessors:
+        block_p //= 2
+    # What every program leaves, 8 bytes a channel, every one of the next launch reads, as one tile: so many programs
+    # that all of it is no more than the map.
+    programs = min(math.isqrt(n * p * itemsize // 8), TILE // block_c, cdiv(2 * multiprocessors, blocks))
+    # The parts need registers: half as many bytes a thread.
+    tile = Tile.of(block_c, block_p, c if channels_last else p, itemsize, 32)
+    return tile, min(max(programs, 1), n * cdiv(p, block_p))
 
 
 def hidden_block(hidden: int, block_c: int) -> int:

@@ -215,3 +215,10 @@ def store_tile(x, x_ptr, i_n, c, p, C, P, CHANNELS_LAST: tl.constexpr, BLOCK_C: 
     o_p = p + tl.arange(0, BLOCK_P)
     m = (o_c < C)[:, None] & (o_p < P)[None, :]
     tl.store(x_ptr + i_n * C * P + tile_offsets(o_c, o_p, C, P, CHANNELS_LAST), x, mask=m)
+
+
+@triton.jit
+def update_running(running_ptr, value, factor, mask):
+    """BatchNorm's running average of a statistic of the batch, in place."""
+    old = tl.load(running_ptr, mask=mask).to(value.dtype)
+    tl.store(running_ptr, (1 - factor) * old + factor * value, mask=mask)

@@ -65,3 +65,9 @@ def reduce_bwd_tile(x: Tensor, hidden: int) -> tuple[config.Tile, int, int]:
     """For its backward, units at once, and programs that share the pixels."""
     n, c, h, w = x.shape
     return config.reduce_bwd_tile(n, c, h * w, hidden, x.element_size(), multiprocessors(x))
+
+
+def norm_tile(x: Tensor, whole: bool) -> tuple[config.Tile, int]:
+    """For BatchNorm of a map, all its channels in a tile if ``whole``; and programs that share the pixels."""
+    n, c, h, w = x.shape
+    return config.norm_tile(n, c, h * w, x.element_size(), is_channels_last(x), multiprocessors(x), whole)

@@ -10,7 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+# A kernel reads the memory of these. Any other subclass (a shard, a quantised weight) has operators of its own. Under
+# torch.compile and in its fake tensors an operator is recorded, not run.
+PLAIN = frozenset((Tensor, nn.Parameter, FakeTensor, type(None)))
 
 _library = torch.library.Library("attn_kernels", "DEF")
 

@@ -2,12 +2,15 @@
 
 Park et al., BMVC 2018, as published (a product of the two logits). N = bytes of x.
 
-What touches x is fused in two operators; the branches between them, on 1/16 of the channels, stay PyTorch's:
+What touches x is fused in two operators:
 - squeeze: the channel means and the reducing 1x1 convolution from one read of x, N. Backward: reads dy and x, writes
   dx, the gradient by way of the apply included, and sums for the weight's, 3N.
 - apply: reads x, writes y, 2N (+ N residual). Backward: reads dy and x, writes sums for the gradients of both logits,
   2N (+ N for dy behind the ReLU, which is the residual's gradient).
-Forward 3N, backward 5N. Saved: x, and the logits; one bit an element with ReLU.
+Of the branches between them, on 1/16 of the channels, BatchNorm + ReLU are kernels too (batch_norm_relu.py), the rest
+PyTorch's: three maps, of which forward moves 13/16 N and backward 20/16 N.
+Forward 3.8N, backward 6.25N; launches 8 and 8, and PyTorch's. Saved: x, the logits and five maps of 1/16 N; one bit an
+element with ReLU.
 """
 
 from __future__ import annotations
@@ -32,8 +35,9 @@ from attn_kernels.ops._library import (
     register,
     unmask,
 )
+from attn_kernels.ops.batch_norm_relu import batch_norm_relu, can_add, is_fusable
 from reference._common import accumulation_dtype
-from reference.bam import channel_logits, spatial_logits
+from reference.bam import channel_logits, spatial_layer
 
 
 @triton.jit
@@ -63,8 +67,10 @@ def apply_fwd_kernel(
     C, P = aligned(C, P, UNIT, CHANNELS_LAST)
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     blocks = tl.cdiv(P, BLOCK_P)
-    i_n = (tl.program_id(0) // blocks).to(tl.int64)
-    p = tl.program_id(0) % blocks * BLOCK_P
+    # Last pixels first: what squeeze_kernel read last is what may still be in L2.
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_n = (pid // blocks).to(tl.int64)
+    p = pid % blocks * BLOCK_P
     o_p = p + tl.arange(0, BLOCK_P)
     b_spatial = tl.load(spatial_ptr + i_n * P + o_p, mask=o_p < P, other=0).to(ACC)
     for c in range(0, C, BLOCK_C):
@@ -93,7 +99,7 @@ def dlogits_kernel(
 ):
     """Both logits' gradients, of BLOCK_P pixels. Reads dy and x."""
     C, P = aligned(C, P, UNIT, CHANNELS_LAST)
-    ACC: tl.constexpr = dspatial_ptr.dtype.element_ty
+    ACC: tl.constexpr = dchannel_ptr.dtype.element_ty
     blocks = tl.cdiv(P, BLOCK_P)
     i_n = (tl.program_id(0) // blocks).to(tl.int64)
     i_b = tl.program_id(0) % blocks
@@ -111,6 +117,12 @@ def dlogits_kernel(
         b_dchannel = tl.sum(b_dlogit * b_spatial[None, :], axis=1)
         tl.store(dchannel_ptr + (i_n * blocks + i_b) * C + o_c, b_dchannel, mask=o_c < C)
     tl.store(dspatial_ptr + i_n * P + o_p, tl.sum(b_dspatial, axis=0), mask=o_p < P)
+
+
+@triton.jit
+def _load_weight(weight_ptr, o_h, o_c, H, C, x_ptr, ACC: tl.constexpr):
+    """The convolution's weight, rounded to x's dtype, in which the reference convolves."""
+    return load_weight(weight_ptr, o_h, o_c, H, C, x_ptr.dtype.element_ty).to(ACC)
 
 
 @triton.jit
@@ -150,7 +162,8 @@ def squeeze_kernel(
             if h == 0:
                 tl.store(mean_ptr + (i_n * blocks + i_b) * C + o_c, tl.sum(b_x, axis=1) / P, mask=o_c < C)
         if bias_ptr is not None:
-            b_reduced += tl.load(bias_ptr + o_h, mask=m_h, other=0).to(ACC)[:, None]
+            b_bias = tl.load(bias_ptr + o_h, mask=m_h, other=0).to(x_ptr.dtype.element_ty)  # as the reference does
+            b_reduced += b_bias.to(ACC)[:, None]
         # A reduced map is a sample of H channels in x's layout.
         store_tile(b_reduced, reduced_ptr, i_n, h, p, H, P, CHANNELS_LAST, BLOCK_H, BLOCK_P)
 
@@ -165,8 +178,7 @@ def dx_kernel(
     weight_ptr,  # (H, C)
     dmean_ptr,  # (N, C)
     dx_ptr,  # (N, C, P), written
-    dweight_ptr,  # (programs, H, C), written: sums over the tiles of each program
-    dbias_ptr,  # (programs, H), written
+    dparameters_ptr,  # (programs, H * C + H), written: sums of both gradients over the tiles of each program
     N,
     C,
     P,
@@ -192,7 +204,7 @@ def dx_kernel(
     for h in range(0, H, BLOCK_H):
         o_h = h + tl.arange(0, BLOCK_H)
         m_h = o_h < H
-        b_weight = load_weight(weight_ptr, o_h, o_c, H, C, ACC)
+        b_weight = _load_weight(weight_ptr, o_h, o_c, H, C, x_ptr, ACC)
         b_dweight = tl.zeros([BLOCK_H, BLOCK_C], ACC)
         b_dbias = tl.zeros([BLOCK_H], ACC)
         for t in range(i_q, N * blocks, tl.num_programs(1)):
@@ -213,9 +225,9 @@ def dx_kernel(
             else:
                 b_dx += load_tile(dx_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
             store_tile(b_dx, dx_ptr, i_n, c, p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-        p_dweight = dweight_ptr + (i_q * H + o_h)[:, None].to(tl.int64) * C + o_c[None, :]
-        tl.store(p_dweight, b_dweight, mask=m_h[:, None] & m_c[None, :])
-        tl.store(dbias_ptr + i_q * H + o_h, b_dbias, mask=m_h & (c == 0))
+        p_dweight = dparameters_ptr + tl.cast(i_q, tl.int64) * H * (C + 1)
+        tl.store(p_dweight + o_h[:, None] * C + o_c[None, :], b_dweight, mask=m_h[:, None] & m_c[None, :])
+        tl.store(p_dweight + H * C + o_h, b_dbias, mask=m_h & (c == 0))
 
 
 def _apply(
@@ -251,7 +263,7 @@ def _dlogits(
     blocks = config.cdiv(h * w, tile.block_p)
     dresidual = torch.empty_like(x) if relu else None
     dchannel = x.new_empty((n, blocks, c), dtype=accumulation_dtype(x))
-    dspatial = dchannel.new_empty((n, 1, h, w))
+    dspatial = torch.empty_like(spatial)
     dlogits_kernel[(n * blocks,)](
         like(dy, x),
         mask if relu else None,
@@ -266,7 +278,7 @@ def _dlogits(
         **tile_options(x, tile),
     )
     dresidual = x.new_empty(0) if dresidual is None else dresidual
-    return dchannel.sum(1).to(channel.dtype), dspatial.to(spatial.dtype), dresidual
+    return dchannel.sum(1).to(channel.dtype), dspatial, dresidual
 
 
 def _dlogits_fake(dy, x, channel, spatial, mask, relu):
@@ -282,7 +294,7 @@ def _squeeze(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Te
     reduced = _empty_reduced(x, weight)
     squeeze_kernel[(n * blocks,)](
         x,
-        weight,
+        weight.to(x.dtype),  # in the kernel, that costs registers that it has not
         bias,
         reduced,
         mean,
@@ -314,8 +326,7 @@ def _dx(
     hidden = weight.shape[0]
     tile, block_h, programs = reduce_bwd_tile(x, hidden)
     dx = torch.empty_like(x)
-    dweight = dmean.new_empty((programs, hidden, c))
-    dbias = dmean.new_empty((programs, hidden))
+    dparameters = dmean.new_empty((programs, hidden * (c + 1)))
     dx_kernel[(config.cdiv(c, tile.block_c), programs)](
         dy,
         x,
@@ -325,8 +336,7 @@ def _dx(
         weight,
         dmean,
         dx,
-        dweight,
-        dbias,
+        dparameters,
         n,
         c,
         h * w,
@@ -335,11 +345,11 @@ def _dx(
         **tile_options(x, tile),
         num_stages=1,  # prefetching spills
     )
-    return dx, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(weight.dtype)
+    return dx, dparameters.sum(0)
 
 
 def _dx_fake(dy, x, channel, spatial, dmean, dreduced, weight):
-    return torch.empty_like(x), torch.empty_like(weight), weight.new_empty(weight.shape[0])
+    return torch.empty_like(x), dmean.new_empty(weight.numel() + weight.shape[0])
 
 
 apply_op = register(
@@ -356,7 +366,7 @@ dlogits_op = register(
 squeeze_op = register("bam_squeeze(Tensor x, Tensor weight, Tensor? bias) -> (Tensor, Tensor)", _squeeze, _squeeze_fake)
 dx_op = register(
     "bam_dx(Tensor dy, Tensor x, Tensor channel, Tensor spatial, Tensor dmean, Tensor dreduced, Tensor weight) "
-    "-> (Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor)",
     _dx,
     _dx_fake,
 )
@@ -375,7 +385,7 @@ class _Squeeze(torch.autograd.Function):
         mean, reduced = squeeze_op(x, weight, bias)
         n, c, h, w = x.shape
         # view_as may change strides
-        return mean, reduced, torch.ops.aten.alias(x), mean.new_empty((n, c)), mean.new_empty((n, 1, h, w))
+        return mean, reduced, torch.ops.aten.alias(x), mean.new_empty((n, c)), x.new_empty((n, 1, h, w))
 
     @staticmethod
     def backward(ctx, dmean, dreduced, dy, channel, spatial):
@@ -384,12 +394,14 @@ class _Squeeze(torch.autograd.Function):
             formula = _squeeze_formula(dmean.dtype)
             return tuple(reference_gradients(formula, (x, weight, bias), (dmean, dreduced)))
         dmean, channel, spatial = contiguous(dmean, channel, spatial)
-        dx, dweight, dbias = dx_op(like(dy, x), x, channel, spatial, dmean, like(dreduced, x), weight)
-        return dx, dweight, None if bias is None else dbias
+        dx, dparameters = dx_op(like(dy, x), x, channel, spatial, dmean, like(dreduced, x), weight)
+        dweight, dbias = dparameters.split([weight.numel(), weight.shape[0]])
+        return dx, dweight.view_as(weight).to(weight.dtype), None if bias is None else dbias.to(bias.dtype)
 
 
 def _squeeze_formula(dtype: torch.dtype):
     def formula(x, weight, bias):
+        weight, bias = (t if t is None else t.to(x.dtype) for t in (weight, bias))
         return x.mean((2, 3), dtype=dtype), F.conv2d(x, weight[:, :, None, None], bias)
 
     return formula
@@ -416,7 +428,7 @@ class _Apply(torch.autograd.Function):
         dchannel, dspatial, dresidual = dlogits_op(dy, x, channel, spatial, mask, ctx.relu)
         dy = dresidual if ctx.relu else dy
         if to_slots:
-            to_slots = dy, channel.to(accumulation_dtype(x)), spatial.to(accumulation_dtype(x))
+            to_slots = dy, channel.to(accumulation_dtype(x)), spatial.to(x.dtype)
         return None, dchannel, dspatial, dy if need_dresidual else None, None, *to_slots
 
 
@@ -424,14 +436,32 @@ def _apply_formula(x, channel, spatial):
     return x * (1 + torch.sigmoid(channel[:, :, None, None].to(x.dtype) * spatial.to(x.dtype)))
 
 
+def _spatial_logits(reduced: Tensor, gate_s: nn.Sequential) -> Tensor:
+    """``reference.bam.spatial_logits``, with kernels for BatchNorm, ReLU and the convolution to one channel."""
+    t, layers = reduced, list(gate_s)[1:]
+    while layers:
+        norm, *behind = layers
+        if behind and is_fusable(norm, behind[0]) and _is_map(t, norm.num_features, reduced):
+            last = [layer for layer in behind[1:2] if can_add(layer, norm.num_features)]
+            t = batch_norm_relu(t, norm, *last)
+            layers = behind[1 + len(last) :]
+        else:
+            t, layers = spatial_layer(t, norm), behind
+    return t
+
+
+def _is_map(t: Tensor, channels: int, reduced: Tensor) -> bool:
+    """Whether ``t`` is what check_bam has seen; layers of other kinds may make anything of a map."""
+    return type(t) is type(reduced) and t.shape == (reduced.shape[0], channels, *reduced.shape[2:])
+
+
 def bam(x: Tensor, gate_c: nn.Sequential, gate_s: nn.Sequential, residual: Tensor | None, relu: bool) -> Tensor:
     """The fused operator, differentiable; ``x`` and ``residual`` (N, C, H, W), dense in the same layout."""
     reduce = gate_s[0]
-    weight = reduce.weight.flatten(1).to(x.dtype).contiguous()
-    bias = None if reduce.bias is None else reduce.bias.to(x.dtype)
+    weight, bias = contiguous(reduce.weight.flatten(1), reduce.bias)
     squeeze = _Squeeze.apply if needs_grad(x, weight, bias) else squeeze_op
     mean, reduced, *slots = squeeze(x, weight, bias)
-    channel, spatial = contiguous(channel_logits(mean, gate_c), spatial_logits(reduced, gate_s))
+    channel, spatial = contiguous(channel_logits(mean, gate_c), _spatial_logits(reduced, gate_s))
     if needs_grad(x, channel, spatial, residual):
         return _Apply.apply(x, channel, spatial, residual, relu, *slots)
     return apply_op(x, channel, spatial, residual, relu, False)[0]

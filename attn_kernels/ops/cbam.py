@@ -15,7 +15,6 @@ one bit an element.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 
 import torch
@@ -24,9 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from attn_kernels.ops import _channel, _channel_bwd, _conv
+from attn_kernels.ops import _channel, _channel_bwd, _conv, _norm
 from attn_kernels.ops import _config as config
-from attn_kernels.ops._device import aligned, load_elements, load_tail_grad, load_tile, store_tail
+from attn_kernels.ops._device import aligned, load_elements, load_tail_grad, load_tile, store_tail, update_running
 from attn_kernels.ops._launch import channel_plan, pixel_tile, tile_options
 from attn_kernels.ops._library import (
     contiguous,
@@ -39,7 +38,7 @@ from attn_kernels.ops._library import (
     unmask,
 )
 from attn_kernels.ops._tickets import flag, signal, take_ticket, wait, work_item
-from reference._common import accumulation_dtype, uses_batch_statistics
+from reference._common import accumulation_dtype
 from reference.cbam import channel_gate, spatial_gate
 
 
@@ -238,10 +237,8 @@ def scale_kernel(
                 tl.store(batches_ptr, batches)
                 if CUMULATIVE:
                     factor = 1 / batches.to(ACC)
-            old_mean = tl.load(running_mean_ptr).to(ACC)
-            old_var = tl.load(running_var_ptr).to(ACC)
-            tl.store(running_mean_ptr, (1 - factor) * old_mean + factor * mean)
-            tl.store(running_var_ptr, (1 - factor) * old_var + factor * (variance * COUNT / (COUNT - 1)))
+            update_running(running_mean_ptr, mean, factor, None)
+            update_running(running_var_ptr, variance * COUNT / (COUNT - 1), factor, None)
 
     blocks = tl.cdiv(P, BLOCK_P)
     i_n = (pid // blocks).to(tl.int64)
@@ -386,7 +383,6 @@ def _forward(
     )
     _conv.forward(x, channel_pools, parts, conv_weight, z)
     y, mask = torch.empty_like(x), empty_mask(x, relu and save)
-    momentum_high = 0.0 if momentum is None else _float32(momentum)
     scale_kernel[grid](
         x,
         residual,
@@ -402,8 +398,7 @@ def _forward(
         batches,
         parts.shape[1],
         n * h * w,
-        momentum_high,
-        0.0 if momentum is None else momentum - momentum_high,
+        *_norm.split_momentum(momentum),
         c,
         h * w,
         EPS=eps,
@@ -415,8 +410,7 @@ def _forward(
         **tile_options(x, tile),
     )
     if update:
-        buffers = [t for t in (running_mean, running_var, batches) if t is not None]
-        torch.autograd.graph.increment_version(buffers)
+        _norm.mark_updated(running_mean, running_var, batches)
     if saved is None:
         saved, argmax = _no_channel_gate(x)
     return y, saved, argmax, z, spatial_argmax, mask
@@ -432,10 +426,6 @@ def _empty_maps(x: Tensor) -> tuple[Tensor, Tensor]:
     n, c, h, w = x.shape
     z = torch.empty(n * h * w + 2, dtype=accumulation_dtype(x), device=x.device)
     return z, torch.empty((n, h, w), dtype=_channel.index_dtype(c), device=x.device)
-
-
-def _float32(value: float) -> float:
-    return struct.unpack("f", struct.pack("f", value))[0]
 
 
 def _forward_fake(
@@ -646,22 +636,9 @@ def _formula(pool_types: Sequence[str], batch_statistics: bool, eps: float, stat
     return formula
 
 
-def _is_batch_norm(norm: object) -> bool:
-    """A BatchNorm2d, or timm's BatchNormAct2d that adds nothing to one."""
-    if isinstance(norm, nn.BatchNorm2d) and type(norm).__name__ == "BatchNormAct2d":
-        return type(norm.drop) is type(norm.act) is nn.Identity
-    return type(norm) is nn.BatchNorm2d
-
-
 def is_fusable(norm: object) -> bool:
     """Whether the kernels can stand for this norm: a plain BatchNorm2d of one channel with its usual buffers."""
-    return (
-        _is_batch_norm(norm)
-        and norm.num_features == 1
-        and (norm.running_mean is None) == (norm.running_var is None)
-        and (norm.momentum is not None or norm.num_batches_tracked is not None or norm.running_mean is None)
-        and not (norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks)
-    )
+    return _norm.is_fusable(norm) and norm.num_features == 1
 
 
 def cbam(
@@ -679,9 +656,7 @@ def cbam(
     are updated inside the kernels, once.
     """
     parameters = (*contiguous(*mlp), dense(conv_weight), norm.weight, norm.bias)
-    update = norm.training and norm.track_running_stats and norm.running_mean is not None
-    buffers = norm.running_mean, norm.running_var, norm.num_batches_tracked
-    options = uses_batch_statistics(norm), update, norm.momentum, norm.eps, relu
+    buffers, options = _norm.buffers(norm), (*_norm.options(norm), relu)
     if needs_grad(x, *parameters, residual):
         return _CBAM.apply(x, *parameters, residual, *buffers, tuple(pool_types), *options)
     pools = _channel.pool_bits(pool_types)

@@ -1,0 +1,61 @@
+"""BatchNorm2d as kernels compute it: which modules they can stand for, their buffers and options."""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor, nn
+
+from attn_kernels.ops._library import PLAIN
+from reference._common import uses_batch_statistics
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether a call of ``layer`` runs hooks of its own."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+
+
+def _is_batch_norm(norm: object) -> bool:
+    """A BatchNorm2d, or timm's BatchNormAct2d that adds nothing to one."""
+    if isinstance(norm, nn.BatchNorm2d) and type(norm).__name__ == "BatchNormAct2d":
+        return type(norm.drop) is type(norm.act) is nn.Identity
+    return type(norm) is nn.BatchNorm2d
+
+
+def is_fusable(norm: object) -> bool:
+    """Whether kernels can stand for this norm: a plain BatchNorm2d with its usual buffers."""
+    return (
+        _is_batch_norm(norm)
+        and (norm.running_mean is None) == (norm.running_var is None)
+        and (norm.momentum is not None or norm.num_batches_tracked is not None or norm.running_mean is None)
+        and not has_hooks(norm)
+    )
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether the layer's parameters and buffers are tensors whose memory kernels may read."""
+    return PLAIN.issuperset(map(type, (*layer._parameters.values(), *layer._buffers.values())))
+
+
+def buffers(norm: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return norm.running_mean, norm.running_var, norm.num_batches_tracked
+
+
+def options(norm: nn.BatchNorm2d) -> tuple[bool, bool, float | None, float]:
+    """Whether the batch's statistics normalise, whether they update the buffers, momentum and eps."""
+    update = norm.training and norm.track_running_stats and norm.running_mean is not None
+    return uses_batch_statistics(norm), update, norm.momentum, norm.eps
+
+
+def split_momentum(momentum: float | None) -> tuple[float, float]:
+    """The momentum in float32, which a float argument of a kernel is, and what is left of a double's digits."""
+    if momentum is None:
+        return 0.0, 0.0
+    high = struct.unpack("f", struct.pack("f", momentum))[0]
+    return high, momentum - high
+
+
+def mark_updated(*buffers: Tensor | None) -> None:
+    """Tell autograd that a kernel has written to these buffers."""
+    torch.autograd.graph.increment_version([b for b in buffers if b is not None])
