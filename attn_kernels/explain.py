@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import reference
+import reference.models
+from attn_kernels import functional
 from attn_kernels._fused import FusedModule
 from attn_kernels._tail import FusedBlock
 from attn_kernels.functional import why_not
@@ -52,7 +54,8 @@ def explain(module: nn.Module, x: Tensor, residual: Tensor | None = None) -> Exp
 
     Args:
         module: an ``SE``, ``BAM``, ``CBAM``, ``ChannelGate``, ``SpatialGate`` or ``SimAM``, or a module or residual
-            block that ``fuse_`` made. Of a block, its attention is asked about ``x``, too, for want of its input.
+            block that ``fuse_`` made, or a block of ``models`` on which SE's layers stand. Of a block, its attention is
+            asked about ``x``, too, for want of its input.
         x: (N, C, H, W), float16, bfloat16, float32 or float64, in any layout.
         residual: the shape of ``x``; None for what ``fuse_`` made, which takes no other argument.
 
@@ -75,10 +78,15 @@ def explain(module: nn.Module, x: Tensor, residual: Tensor | None = None) -> Exp
 
 def _reasons(module: nn.Module, x: Tensor, residual: Tensor | None) -> list[str]:
     """Those of ``why_not`` on what the module's forward pass gives it."""
-    if isinstance(module, FusedModule | FusedBlock):
+    is_se_block = isinstance(module, reference.models._Block) and module.attention == "se"
+    if isinstance(module, FusedModule | FusedBlock) or is_se_block:
         if residual is not None:
             raise TypeError(f"residual: expected None, since {type(module).__name__} takes only x, got a tensor")
-        return module.why_not(x) or _reasons_within(module, x)
+        if not is_se_block:
+            return module.why_not(x) or _reasons_within(module, x)
+        if module.se is functional.se:
+            return why_not(x, (*module.fc1.parameters(), *module.fc2.parameters()))
+        return ["the module is reference's, not attn_kernels'"]
     if isinstance(module, CBAM) and module.no_spatial:
         module = module.ChannelGate
     if isinstance(module, SE | ChannelGate):

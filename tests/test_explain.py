@@ -224,6 +224,18 @@ def test_modules_of_fuse(build, layout, device):
     assert explanation.layout == layout
 
 
+def test_blocks_that_se_stands_on(device):
+    x = torch.randn(2, 64, 6, 6, device=device)
+    block = reference.models.se_resnet_18().to(device).layer1[0]
+    assert explain(block, x).reasons == ("the module is reference's, not attn_kernels'",)
+    model = reference.models.se_resnet_18().to(device)
+    fuse_(model)
+    for fused in (model.layer1[0], attn_kernels.models.se_resnet_18().to(device).layer1[0]):
+        assert explain(fused, x).fused
+        with pytest.raises(TypeError, match="residual: expected None"):
+            explain(fused, x, x)
+
+
 def test_modules_of_fuse_that_changed(device):
     module, x = _fused(moskomule.SELayer(8, 2), device), _x(device)
     hook = module.fc[2].register_forward_hook(lambda *_: None)
