@@ -243,11 +243,12 @@ class TestAddresses:
                 return
             tickets = [0]
             if "lead" in arguments and arguments["counters_ptr"] is not None:
-                # The last items of the second phase, and of the first.
+                # The last items of the second phase, and of the first; and those of the weights, behind all groups.
                 first = -(-arguments["C"] // arguments["BLOCK_C"]) * -(-arguments["P"] // arguments["CHUNK"])
                 second = grid[0] // arguments["groups"] - first
-                end = grid[0] - arguments["lead"] * second
-                tickets = [*range(end - second, end), *range(grid[0] - second, grid[0])]
+                items = arguments["groups"] * (first + second)
+                end = items - arguments["lead"] * second
+                tickets = [*range(end - second, end), *range(items - second, grid[0])]
             full_grid = (*grid, 1, 1)[:3]
             monkeypatch.setattr(builder, "set_grid_dim", lambda b, *_: set_grid_dim(b, *full_grid))
             spans.clear()
