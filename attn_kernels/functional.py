@@ -220,7 +220,9 @@ def bam(
     activation: str | None = None,
 ) -> Tensor:
     check_bam(x, gate_c, gate_s, residual=residual, activation=activation)
-    if not is_fused(x, (residual, gate_s[0].weight, gate_s[0].bias)):
+    reduce = gate_s[0]
+    too_large = reduce.out_channels * x.shape[2] * x.shape[3] >= 2**30  # as of x: a reduced map that is a wider one
+    if too_large or not is_fused(x, (residual, reduce.weight, reduce.bias)):
         return reference.bam(x, gate_c, gate_s, residual=residual, activation=activation)
     x, residual = _prepare(x, residual)
     return _bam.bam(x, gate_c, gate_s, residual, activation == "relu")

@@ -55,6 +55,18 @@ def test_one_graph_serves_every_batch_and_size(name, dynamic, layout, device):
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("name", ["cbam", "simam"])
+def test_sizes_of_which_backward_keeps_other_things_take_one_more_graph(name, device):
+    fused, eager = pair(lambda kit: MODULES[name](kit, 12), device)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(fused, backend=counter, fullgraph=True, dynamic=True)
+    graphs = []
+    for side in (6, 9, 34, 36):  # 34x34: an index of two bytes; in channels_last more than a program holds
+        _check_step(compiled, eager, (2, 12, side, side), "channels_last", device)
+        graphs.append(counter.frame_count)
+    assert graphs == [graphs[0], graphs[0], 2 * graphs[0], 2 * graphs[0]]
+
+
 def test_marked_batch_is_not_specialised(device):
     fused, eager = pair(lambda kit: kit.CBAM(12, 4), device)
     counter = CompileCounterWithBackend("aot_eager")

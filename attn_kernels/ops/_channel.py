@@ -10,8 +10,8 @@ large planes a part. What the parts of a plane leave (``stats``) is added up, in
 comes last.
 
 Shapes: x (N, C, P) in either layout; pool (N, K, C); part (N, J, K, H) of J blocks of channels; stats (N, S, Q, C) of S
-parts of a plane; pre (N, K, H); gate (N, C). Saved for backward are ``pre``, from which the gate follows, the pools
-that do not follow from one more read of x (lp, lse), and the maximum's index.
+parts of a plane; pre (N, K, H); gate (N, C). Saved for backward are ``pre``, from which the gate follows, the maximum's
+index, and the pools that backward would not have from x at little cost (lp, lse).
 """
 
 from __future__ import annotations

@@ -45,6 +45,7 @@ from attn_kernels.ops._launch import channel_plan, tile_options
 from attn_kernels.ops._tickets import (
     counters,
     counters_size,
+    done_counter,
     flag,
     is_last_of,
     signal,
@@ -294,8 +295,8 @@ def gates_kernel(
         pre_ptr, w2_ptr, b2_ptr, gate_ptr, pid // J, pid % J * BLOCK_C, N, C, H,
         K, ACTIVATION, GATE, SAMPLES, BLOCK_C, BLOCK_H,
     )  # fmt: skip
-    for i in range(pid * 128, counters, tl.num_programs(0) * 128):
-        o = i + tl.arange(0, 128)
+    for i in range(pid, tl.cdiv(counters, 128), tl.num_programs(0)):
+        o = i * 128 + tl.arange(0, 128)
         tl.store(counters_ptr + o, 0, mask=o < counters)
 
 
@@ -311,8 +312,8 @@ def gate_bwd_kernel(
     b2_ptr,  # (C,) or None
     saved_ptr,  # pre (N, K, H), pool (N, L, C); None without a channel gate, when only dx is computed
     argmax_ptr,  # (N, C) or None
-    scratch_ptr,  # gate (N, C), read behind a spatial gate, else written; all of scratch_pointers, written, and
-    counters_ptr,  # stats (N, S, 1 + AVG, C) if DIVIDED
+    scratch_ptr,  # gate (N, C), behind a spatial gate read, else written; all of scratch_pointers, and stats, written
+    counters_ptr,
     dx_ptr,  # (N, C, P), written
     dresidual_ptr,  # (N, C, P), written, or None
     dw1_ptr,  # (H, C), written
@@ -356,13 +357,13 @@ def gate_bwd_kernel(
         dlogit_ptr, dpre_ptr, pool_ptr, dpart_ptr = scratch_pointers(scratch_ptr, N, C, H, AVG, MAX, K)
         stats_ptr = None
         if DIVIDED:
-            stats_ptr = dpart_ptr + tl.cast(N, tl.int64) * J * H
+            stats_ptr = dpart_ptr + tl.cast(N, tl.int64) * J * H  # (N, S, 1 + AVG, C)
         ticket = take_ticket(counters_ptr)
         second, group, item = work_item(ticket, groups, lead, J * S, hidden_items + J * S, hidden_items)
         # Behind the second phase of the last group come the weights, which wait for the hidden layer of all.
         weight_item = ticket - groups * (hidden_items + 2 * J * S)
         second = second & (weight_item < 0)
-        p_done = flag(counters_ptr, groups, 2, 0)
+        p_done = done_counter(counters_ptr, groups)
         if weight_item >= 0:
             wait(p_done, groups * hidden_items)
             _dweights(

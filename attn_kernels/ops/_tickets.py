@@ -32,7 +32,7 @@ def work_item(ticket, groups, lead, FIRST, SECOND, AHEAD):
     """``second, group, item``: the phase, and which of the FIRST or SECOND items of which group.
 
     ``lead`` groups of the first phase; then in turns a group of the first phase and one of the second, of which AHEAD
-    items come before the others'; then what is left of the second.
+    items come before the others'; then what is left of the second. Tickets behind those are the caller's.
     """
     both = FIRST + SECOND
     u = ticket - lead * FIRST
@@ -78,6 +78,12 @@ def is_last_of(counter_ptr, count):
 def flag(counters_ptr, groups, PHASE: tl.constexpr, group):
     """Signalled by the items of a group: those of the first phase, and those of the second that others wait for."""
     return counters_ptr + 1 + PHASE * groups + group
+
+
+@triton.jit
+def done_counter(counters_ptr, groups):
+    """Signalled by items of all groups, where others wait for all; in place of the third flag of the first group."""
+    return flag(counters_ptr, groups, 2, 0)
 
 
 @triton.jit

@@ -120,12 +120,6 @@ def dlogits_kernel(
 
 
 @triton.jit
-def _load_weight(weight_ptr, o_h, o_c, H, C, x_ptr, ACC: tl.constexpr):
-    """The convolution's weight, rounded to x's dtype, in which the reference convolves."""
-    return load_weight(weight_ptr, o_h, o_c, H, C, x_ptr.dtype.element_ty).to(ACC)
-
-
-@triton.jit
 def squeeze_kernel(
     x_ptr,  # (N, C, P)
     weight_ptr,  # (H, C)
@@ -204,7 +198,8 @@ def dx_kernel(
     for h in range(0, H, BLOCK_H):
         o_h = h + tl.arange(0, BLOCK_H)
         m_h = o_h < H
-        b_weight = _load_weight(weight_ptr, o_h, o_c, H, C, x_ptr, ACC)
+        # Rounded to x's dtype, in which the reference convolves.
+        b_weight = load_weight(weight_ptr, o_h, o_c, H, C, x_ptr.dtype.element_ty).to(ACC)
         b_dweight = tl.zeros([BLOCK_H, BLOCK_C], ACC)
         b_dbias = tl.zeros([BLOCK_H], ACC)
         for t in range(i_q, N * blocks, tl.num_programs(1)):
@@ -440,19 +435,25 @@ def _spatial_logits(reduced: Tensor, gate_s: nn.Sequential) -> Tensor:
     """``reference.bam.spatial_logits``, with kernels for BatchNorm, ReLU and the convolution to one channel."""
     t, layers = reduced, list(gate_s)[1:]
     while layers:
-        norm, *behind = layers
-        if behind and is_fusable(norm, behind[0]) and _is_map(t, norm.num_features, reduced):
-            last = [layer for layer in behind[1:2] if can_add(layer, norm.num_features)]
-            t = batch_norm_relu(t, norm, *last)
+        layer, *behind = layers
+        if behind and is_fusable(layer, behind[0]) and _is_map(t, layer.num_features, reduced):
+            last = [conv for conv in behind[1:2] if can_add(conv, layer.num_features)]
+            t = batch_norm_relu(t, layer, *last)
             layers = behind[1 + len(last) :]
         else:
-            t, layers = spatial_layer(t, norm), behind
+            t, layers = spatial_layer(t, layer), behind
     return t
 
 
 def _is_map(t: Tensor, channels: int, reduced: Tensor) -> bool:
     """Whether ``t`` is what check_bam has seen; layers of other kinds may make anything of a map."""
-    return type(t) is type(reduced) and t.shape == (reduced.shape[0], channels, *reduced.shape[2:])
+    n, _, h, w = reduced.shape
+    return (
+        type(t) is type(reduced)
+        and t.shape == (n, channels, h, w)
+        and t.dtype == reduced.dtype
+        and channels * h * w < 2**30  # offsets within a sample are 32 bits wide
+    )
 
 
 def bam(x: Tensor, gate_c: nn.Sequential, gate_s: nn.Sequential, residual: Tensor | None, relu: bool) -> Tensor:

@@ -375,7 +375,7 @@ def _backward(
     tile, programs = norm_tile(c, add_weight is not None)
     grid, common = (config.cdiv(channels, tile.block_c), programs), tile_options(c, tile)
     dr = like(dr, c) if add_weight is None else dr.contiguous()
-    dc, dparameters = _backward_fake(dr, c, weight, bias, add_weight, statistics, batch_statistics)
+    dc, dparameters = _empty_gradients(dr, c, weight, bias, add_weight, statistics, batch_statistics)
     parts = dparameters.new_empty((programs, len(dparameters)))
     dparameters_kernel[grid](dr, c, weight, bias, add_weight, statistics, parts, n, channels, h * w, **common)
     dc_kernel[grid](
@@ -398,7 +398,7 @@ def _backward(
     return dc, dparameters
 
 
-def _backward_fake(dr, c, weight, bias, add_weight, statistics, batch_statistics):
+def _empty_gradients(dr, c, weight, bias, add_weight, statistics, batch_statistics):
     parameters = 2 * c.shape[1] if add_weight is None else 3 * c.shape[1] + 1
     return torch.empty_like(c), statistics.new_empty(parameters)
 
@@ -414,7 +414,7 @@ backward_op = register(
     "batch_norm_relu_backward(Tensor dr, Tensor c, Tensor? weight, Tensor? bias, Tensor? add_weight, "
     "Tensor statistics, bool batch_statistics) -> (Tensor, Tensor)",
     _backward,
-    _backward_fake,
+    _empty_gradients,
 )
 
 

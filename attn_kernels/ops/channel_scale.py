@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attn_kernels.ops import _config as config
-from attn_kernels.ops._channel import POOLS, pool, pool_bits
+from attn_kernels.ops._channel import POOLS, empty_argmax, pool, pool_bits
 from attn_kernels.ops._device import aligned, load_tail_grad, load_tile, store_tail, store_tile
 from attn_kernels.ops._launch import multiprocessors, tile_options
 from attn_kernels.ops._library import (
@@ -155,7 +155,7 @@ def _pool(x: Tensor, pools: int) -> tuple[Tensor, Tensor]:
 def _pool_fake(x, pools):
     n, c, _, _ = x.shape
     values = x.new_empty((n, pools.bit_count(), c), dtype=accumulation_dtype(x))
-    return values, x.new_empty((n, c) if pools & 2 else 0, dtype=torch.int32)
+    return values, empty_argmax(x, pools)
 
 
 def _scale(x: Tensor, gate: Tensor, residual: Tensor | None, relu: bool, save: bool) -> tuple[Tensor, Tensor]:
