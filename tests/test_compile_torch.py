@@ -56,7 +56,7 @@ def test_one_graph_serves_every_batch_and_size(name, dynamic, layout, device):
 
 
 @pytest.mark.parametrize("name", ["cbam", "simam"])
-def test_sizes_of_which_backward_keeps_other_things_take_one_more_graph(name, device):
+def test_sizes_of_which_backward_keeps_other_things_take_another_graph(name, device):
     fused, eager = pair(lambda kit: MODULES[name](kit, 12), device)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(fused, backend=counter, fullgraph=True, dynamic=True)
@@ -64,7 +64,7 @@ def test_sizes_of_which_backward_keeps_other_things_take_one_more_graph(name, de
     for side in (6, 9, 34, 36):  # 34x34: an index of two bytes; in channels_last more than a program holds
         _check_step(compiled, eager, (2, 12, side, side), "channels_last", device)
         graphs.append(counter.frame_count)
-    assert graphs == [graphs[0], graphs[0], 2 * graphs[0], 2 * graphs[0]]
+    assert graphs[0] == graphs[1] < graphs[2] == graphs[3]
 
 
 def test_marked_batch_is_not_specialised(device):

@@ -8,9 +8,9 @@ What touches x is fused in two operators:
 - apply: reads x, writes y, 2N (+ N residual). Backward: reads dy and x, writes sums for the gradients of both logits,
   2N (+ N for dy behind the ReLU, which is the residual's gradient).
 Of the branches between them, on 1/16 of the channels, BatchNorm + ReLU are kernels too (batch_norm_relu.py), the rest
-PyTorch's: three maps, of which forward moves 13/16 N and backward 20/16 N.
-Forward 3.8N, backward 6.25N; launches 8 and 8, and PyTorch's. Saved: x, the logits and five maps of 1/16 N; one bit an
-element with ReLU.
+PyTorch's: three maps, of which forward moves 13/16 N and backward 20/16 N. Forward 3.8N, backward 6.25N; launches 8 and
+8, and PyTorch's, sums over programs among them. Saved: x, the logits and five maps of 1/16 N; one bit an element with
+ReLU.
 """
 
 from __future__ import annotations
