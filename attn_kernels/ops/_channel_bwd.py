@@ -66,8 +66,8 @@ def _channel_grad(b_dy, spatial_ptr, argmax_ptr, i_n, o_c, o_p, P, ACC: tl.const
         b_dmax = tl.load(p_map + P, mask=m_p, other=0)
         b_dmean = tl.load(p_map + 2 * P, mask=m_p, other=0)
         b_argmax = tl.load(argmax_ptr + i_n * P + o_p, mask=m_p, other=0).to(tl.int32)
-        b_dy = b_dy * b_gate[None, :] + b_dmean[None, :]
-        b_dy += tl.where(o_c[:, None] == b_argmax[None, :], b_dmax[None, :], 0.0)
+        b_dpools = tl.where(o_c[:, None] == b_argmax[None, :], (b_dmax + b_dmean)[None, :], b_dmean[None, :])
+        b_dy = b_dy * b_gate[None, :] + b_dpools
     return b_dy
 
 
@@ -243,7 +243,7 @@ def _dweights(
     b_dw2 = tl.zeros([BLOCK, BLOCK], ACC)
     b_db1 = tl.zeros([BLOCK], ACC)
     b_db2 = tl.zeros([BLOCK], ACC)
-    for n in tl.range(0, N, BLOCK, num_stages=1):
+    for n in range(0, N, BLOCK):
         o_n = (n + tl.arange(0, BLOCK)).to(tl.int64)
         m_n = o_n < N
         m_cn = m_c[:, None] & m_n[None, :]
@@ -556,6 +556,7 @@ def launch_dx(
         BLOCK_E=config.HIDDEN_ELEMENTS,
         BLOCK_W=config.WEIGHT_BLOCK,
         **tile_options(x, plan.tile),
-        maxnreg=config.registers(plan.tile.num_warps),
+        num_stages=1,  # prefetching the weights spills
+        maxnreg=128,
     )
     return dx, dresidual

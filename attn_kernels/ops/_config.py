@@ -51,11 +51,6 @@ class Tile:
         return cls(block_c, block_p, min(max(block_c * block_p // (32 * a_thread), 1), 16))
 
 
-def registers(num_warps: int) -> int:
-    """A thread's at most, for kernels that spill without being told: two programs of 8 warps, three of 4 fit."""
-    return 128 if num_warps >= 8 else 168
-
-
 def vector_length(row: int, itemsize: int) -> int:
     """Elements of the widest loads, of 16 bytes at most, of which a row of ``row`` elements is a whole number."""
     return min(row & -row, 16 // itemsize)

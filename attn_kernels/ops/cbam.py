@@ -502,7 +502,7 @@ def _backward(
         c,
         h * w,
         **tile_options(x, tile),
-        maxnreg=config.registers(tile.num_warps),
+        maxnreg=128 if tile.num_warps >= 8 else 168,  # two programs of 8 warps fit; three of 4, which spilled with 128
     )
     spatial_gate = _conv.backward(x, z, channel_pools, dlogit, parts, conv_weight, weight, spatial, batch_statistics)
     if w1 is None:
