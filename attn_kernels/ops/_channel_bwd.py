@@ -442,7 +442,7 @@ def gates(
     n, c, _, _ = x.shape
     hidden = w2.shape[1]
     plan = channel_plan(x, hidden)
-    scratch = empty_scratch(x, hidden, pools, saved)
+    scratch = _empty_scratch(x, hidden, pools, saved, plan)
     tickets = torch.empty(counters_size(x, plan), dtype=torch.int32, device=x.device)
     gates_kernel[(plan.groups * plan.blocks,)](
         saved,
@@ -489,7 +489,8 @@ def backward(
     """
     hidden = w1.shape[0]
     if scratch is None:
-        scratch, tickets = empty_scratch(x, hidden, pools, saved), counters(x, channel_plan(x, hidden))
+        plan = channel_plan(x, hidden)
+        scratch, tickets = _empty_scratch(x, hidden, pools, saved, plan), counters(x, plan)
     channel = w1, w2, b2, saved, argmax, scratch, tickets
     dweights = empty_dweights(w1, w2)
     dx, dresidual = launch_dx(
@@ -498,10 +499,9 @@ def backward(
     return dx, dresidual, *dweights
 
 
-def empty_scratch(x: Tensor, hidden: int, pools: int, saved: Tensor) -> Tensor:
+def _empty_scratch(x: Tensor, hidden: int, pools: int, saved: Tensor, plan: config.ChannelPlan) -> Tensor:
     """``gate``, all of ``scratch_pointers`` and ``stats``, in the dtype of ``saved``."""
     n, c, _, _ = x.shape
-    plan = channel_plan(x, hidden)
     stats = plan.splits * (1 + (pools & 1)) * c if plan.splits > 1 else 0
     computed = 2 + pool_count(pools) - kept_count(pools)
     return saved.new_empty(n * (computed * c + (pool_count(pools) + plan.blocks) * hidden + stats))

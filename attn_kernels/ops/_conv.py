@@ -30,6 +30,19 @@ def _tap(q, m_q, W, H, SIGN: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.conste
 
 
 @triton.jit
+def _load_taps(
+    weight_ptr, ACC: tl.constexpr, MAP_STRIDE: tl.constexpr, TAP_STRIDE: tl.constexpr, KERNEL: tl.constexpr,
+    TAPS: tl.constexpr,
+):  # fmt: skip
+    """The weights of the maximum's and of the mean's map, [TAPS]."""
+    t = tl.arange(0, TAPS)
+    m_t = t < KERNEL * KERNEL
+    b_wmax = tl.load(weight_ptr + t * TAP_STRIDE, mask=m_t, other=0).to(ACC)
+    b_wmean = tl.load(weight_ptr + MAP_STRIDE + t * TAP_STRIDE, mask=m_t, other=0).to(ACC)
+    return b_wmax, b_wmean
+
+
+@triton.jit
 def conv_fwd_kernel(
     pools_ptr,  # (N, 2, P): maximum, mean
     part_ptr,  # (3, programs), written: count, mean and sum of squared deviations of the pixels of a program
@@ -47,10 +60,7 @@ def conv_fwd_kernel(
     """The convolution of two maps to one and, in the same pass, its statistics (Chan et al., 1983)."""
     ACC: tl.constexpr = z_ptr.dtype.element_ty
     pid = tl.program_id(0)
-    o_t = tl.arange(0, TAPS)
-    m_t = o_t < KERNEL * KERNEL
-    b_wmax = tl.load(weight_ptr + o_t * TAP_STRIDE, mask=m_t, other=0).to(ACC)
-    b_wmean = tl.load(weight_ptr + MAP_STRIDE + o_t * TAP_STRIDE, mask=m_t, other=0).to(ACC)
+    b_wmax, b_wmean = _load_taps(weight_ptr, ACC, MAP_STRIDE, TAP_STRIDE, KERNEL, TAPS)
     # The running statistics are kept as one-element tensors, so that they are the same type from the first pass on.
     seen = tl.zeros([1], ACC)
     mean = tl.zeros([1], ACC)
@@ -121,10 +131,7 @@ def conv_bwd_kernel(
     if weight_ptr is not None:
         scale = scale * tl.load(weight_ptr).to(ACC)
 
-    o_t = tl.arange(0, TAPS)
-    m_t = o_t < KERNEL * KERNEL
-    b_wmax = tl.load(conv_weight_ptr + o_t * TAP_STRIDE, mask=m_t, other=0).to(ACC)
-    b_wmean = tl.load(conv_weight_ptr + MAP_STRIDE + o_t * TAP_STRIDE, mask=m_t, other=0).to(ACC)
+    b_wmax, b_wmean = _load_taps(conv_weight_ptr, ACC, MAP_STRIDE, TAP_STRIDE, KERNEL, TAPS)
     b_dwmax = tl.zeros([TAPS, BLOCK], ACC)
     b_dwmean = tl.zeros([TAPS, BLOCK], ACC)
     for start in range(pid * BLOCK, COUNT, tl.num_programs(0) * BLOCK):
@@ -150,6 +157,8 @@ def conv_bwd_kernel(
         p_map = pools_ptr + n * (2 * H * W) + p
         b_dwmax += tl.load(p_map, mask=m, other=0) * b_dz[None, :]
         b_dwmean += tl.load(p_map + H * W, mask=m, other=0) * b_dz[None, :]
+    o_t = tl.arange(0, TAPS)
+    m_t = o_t < KERNEL * KERNEL
     p_dconv = dconv_ptr + pid * 2 * KERNEL * KERNEL + o_t
     tl.store(p_dconv, tl.sum(b_dwmax, axis=1), mask=m_t)
     tl.store(p_dconv + KERNEL * KERNEL, tl.sum(b_dwmean, axis=1), mask=m_t)

@@ -166,6 +166,16 @@ def normalize_kernel(
 
 
 @triton.jit
+def _load_affine(statistics_ptr, weight_ptr, bias_ptr, o_c, C, ACC: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Mean, 1 / standard deviation, weight and bias of each channel, [BLOCK_C, 1]."""
+    b_mean = tl.load(statistics_ptr + o_c, mask=o_c < C, other=0)
+    b_invstd = tl.load(statistics_ptr + C + o_c, mask=o_c < C, other=0)
+    b_weight = _load_parameter(weight_ptr, o_c, C, 1.0, ACC, BLOCK_C)
+    b_bias = _load_parameter(bias_ptr, o_c, C, 0.0, ACC, BLOCK_C)
+    return b_mean[:, None], b_invstd[:, None], b_weight[:, None], b_bias[:, None]
+
+
+@triton.jit
 def _load_dsum(dsum_ptr, i_n, p, P, ACC: tl.constexpr, BLOCK_P: tl.constexpr):
     o_p = p + tl.arange(0, BLOCK_P)
     return tl.load(dsum_ptr + i_n * P + o_p, mask=o_p < P, other=0).to(ACC)
@@ -196,10 +206,7 @@ def dparameters_kernel(
     c = tl.program_id(0) * BLOCK_C
     o_c = c + tl.arange(0, BLOCK_C)
     m_c = o_c < C
-    b_mean = tl.load(statistics_ptr + o_c, mask=m_c, other=0)[:, None]
-    b_invstd = tl.load(statistics_ptr + C + o_c, mask=m_c, other=0)[:, None]
-    b_weight = _load_parameter(weight_ptr, o_c, C, 1.0, ACC, BLOCK_C)[:, None]
-    b_bias = _load_parameter(bias_ptr, o_c, C, 0.0, ACC, BLOCK_C)[:, None]
+    b_mean, b_invstd, b_weight, b_bias = _load_affine(statistics_ptr, weight_ptr, bias_ptr, o_c, C, ACC, BLOCK_C)
     b_add = _load_parameter(add_weight_ptr, o_c, C, 1.0, ACC, BLOCK_C)
     b_dweight = tl.zeros([BLOCK_C], ACC)
     b_dbias = tl.zeros([BLOCK_C], ACC)
@@ -270,10 +277,7 @@ def dc_kernel(
             tl.store(dparameters_ptr + 2 * C + o_c, b_dadd, mask=m_c)
             tl.store(dparameters_ptr + 3 * C, tl.sum(b_dadd_bias, axis=0))
 
-    b_mean = tl.load(statistics_ptr + o_c, mask=m_c, other=0)[:, None]
-    b_invstd = tl.load(statistics_ptr + C + o_c, mask=m_c, other=0)[:, None]
-    b_weight = _load_parameter(weight_ptr, o_c, C, 1.0, ACC, BLOCK_C)[:, None]
-    b_bias = _load_parameter(bias_ptr, o_c, C, 0.0, ACC, BLOCK_C)[:, None]
+    b_mean, b_invstd, b_weight, b_bias = _load_affine(statistics_ptr, weight_ptr, bias_ptr, o_c, C, ACC, BLOCK_C)
     for t in range(i_q, N * blocks, programs):
         i_n = tl.cast(t // blocks, tl.int64)
         p = t % blocks * BLOCK_P
