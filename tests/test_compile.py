@@ -216,7 +216,7 @@ class TestAddresses:
         """Kernels that get a full-size tensor, and the least and the greatest address that they touch."""
         found: list[tuple[str, int, int]] = []
         spans: list[tuple[int, int]] = []
-        ticket = [0]
+        stamp = [0]
         builder = interpreter.InterpreterBuilder
         set_grid_dim, set_grid_idx = builder.set_grid_dim, builder.set_grid_idx
 
@@ -233,30 +233,28 @@ class TestAddresses:
             return interpreter.TensorHandle(np.zeros(pointers.data.shape, interpreter._get_np_dtype(kind)), kind)
 
         def atomic(self, operation, pointers, value, mask, sem, scope):
-            # A ticket; or a flag that all have signalled, who are not the last to do so.
-            found = ticket[0] if sem == triton._C.libtriton.ir.MEM_SEMANTIC.RELAXED else 2**30
-            return interpreter.TensorHandle(np.full(pointers.data.shape, found, np.int32), value.dtype)
+            return interpreter.TensorHandle(np.full(pointers.data.shape, stamp[0]), value.dtype)  # every slot is set
 
         def launch(kernel, *args, grid, warmup, **kwargs):
             arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
             if not any(isinstance(a, torch.Tensor) and a.numel() == math.prod(self.SHAPE) for a in arguments.values()):
                 return
-            tickets = [0]
-            if "lead" in arguments and arguments["counters_ptr"] is not None:
+            full_grid = (*grid, 1, 1)[:3]
+            # The first and the last program along each axis: a walk may begin at either end.
+            programs = [*itertools.product(*({0, n - 1} for n in full_grid))]
+            stamp[0] = arguments.get("stamp")
+            if "lead" in arguments and arguments["slots"] is not None:
                 # The last items of the second phase, and of the first; and those of the weights, behind all groups.
                 first = -(-arguments["C"] // arguments["BLOCK_C"]) * -(-arguments["P"] // arguments["CHUNK"])
                 second = grid[0] // arguments["groups"] - first
                 items = arguments["groups"] * (first + second)
                 end = items - arguments["lead"] * second
-                tickets = [*range(end - second, end), *range(items - second, grid[0])]
-            full_grid = (*grid, 1, 1)[:3]
+                programs = [(i, 0, 0) for i in (*range(end - second, end), *range(items - second, grid[0]))]
             monkeypatch.setattr(builder, "set_grid_dim", lambda b, *_: set_grid_dim(b, *full_grid))
             spans.clear()
-            # The first and the last program along each axis: a walk may begin at either end.
-            for corner in itertools.product(*({0, n - 1} for n in full_grid)):
-                monkeypatch.setattr(builder, "set_grid_idx", lambda b, *_, c=corner: set_grid_idx(b, *c))
-                for ticket[0] in tickets:
-                    interpreter.GridExecutor(kernel.rewrite(), kernel.arg_names, (1,))(*args, **kwargs)
+            for program in programs:
+                monkeypatch.setattr(builder, "set_grid_idx", lambda b, *_, p=program: set_grid_idx(b, *p))
+                interpreter.GridExecutor(kernel.rewrite(), kernel.arg_names, (1,))(*args, **kwargs)
             found.append((kernel.__name__, min(low for low, _ in spans), max(high for _, high in spans)))
 
         monkeypatch.setattr(builder, "create_masked_load", load)

@@ -156,11 +156,11 @@ def case(op, shape, layout, mode="train"):
     return Case(op, "", shape, shape[0] / traffic.BATCH, layout, mode, "float16", "H100")
 
 
-# Of kernels, and of what PyTorch launches beside them: zeros for counters, the sum of the convolution's gradients.
+# Of kernels, and of what PyTorch launches beside them: in CBAM the sum of the gradients of the convolution's weight.
 LAUNCHES = {
-    "SE": ((1, 1), (1, 1)),
-    "SE+add+ReLU": ((1, 1), (1, 1)),
-    "CBAM": ((3, 4), (1, 1)),
+    "SE": ((1, 1), (0, 0)),
+    "SE+add+ReLU": ((1, 1), (0, 0)),
+    "CBAM": ((3, 4), (0, 1)),
     # PyTorch's: the channel branch, convolutions, casts of their weights, sums over programs.
     "BAM": ((8, 8), (13, 16)),
     "SimAM": ((1, 1), (0, 0)),

@@ -1,13 +1,12 @@
 """Squeeze and excitation of channels: the part that SE and CBAM's channel gate share, forward.
 
-A gate ``g[n, c] = gate(sum over pools k of fc2(act(fc1(pool_k(x)))))`` in three kinds of work items (see _tickets.py),
+A gate ``g[n, c] = gate(sum over pools k of fc2(act(fc1(pool_k(x)))))`` in three kinds of work items (see _phases.py),
 none of which walks all the weights of a layer: those that pool x also multiply the channels that they own by their
 columns of fc1 (partial sums over channels, ``part``); those that add the partial sums up (``pre``); and those
 that use the gate, which multiply by their rows of fc2.
 
 An item owns a block of channels, ``SAMPLES`` samples one after another, whose products are one matrix product, and of
-large planes a part. What the parts of a plane leave (``stats``) is added up, in order, by whichever of their programs
-comes last.
+large planes a part. What the parts of a plane leave (``stats``) is added up, in order, by the item of the last one.
 
 Shapes: x (N, C, P) in either layout; pool (N, K, C); part (N, J, K, H) of J blocks of channels; stats (N, S, Q, C) of S
 parts of a plane; pre (N, K, H); gate (N, C). Saved for backward are ``pre``, from which the gate follows, the maximum's
@@ -27,7 +26,7 @@ from torch import Tensor
 from attn_kernels.ops._config import ChannelPlan
 from attn_kernels.ops._device import activate, aligned, gate_value, load_tile
 from attn_kernels.ops._launch import channel_plan, tile_options
-from attn_kernels.ops._tickets import counters, is_last_of, split_counter
+from attn_kernels.ops._phases import clear, mark, new_stamp, wait
 from reference._common import accumulation_dtype
 
 # A set of pools is an integer of these bits; the k-th pool is the k-th bit that is set.
@@ -86,15 +85,16 @@ def pool_pointer(saved_ptr, N, H, K: tl.constexpr):
 
 @triton.jit
 def forward_pointers(
-    scratch_ptr, counters_ptr, N, C, H, J, groups, K: tl.constexpr, MAX: tl.constexpr, DIVIDED: tl.constexpr
+    scratch_ptr, N, C, H, J, S, K: tl.constexpr, MAX: tl.constexpr, DIVIDED: tl.constexpr
 ):  # fmt: skip
     """Where ``part``, ``stats`` and ``arg`` are; the latter two are None where planes are not divided."""
     n = tl.cast(N, tl.int64)
+    stats_ptr = scratch_ptr + n * J * K * H
     if DIVIDED:
         if MAX:
-            return scratch_ptr, scratch_ptr + n * J * K * H, split_counter(counters_ptr, groups, n * J)
+            return scratch_ptr, stats_ptr + n * S * C, stats_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
         else:
-            return scratch_ptr, scratch_ptr + n * J * K * H, None
+            return scratch_ptr, stats_ptr, None
     else:
         return scratch_ptr, None, None
 
@@ -114,8 +114,8 @@ def squeeze(
     pool_ptr,  # (N, L, C), written, or None: all pools, or those that backward cannot have from x at little cost
     argmax_ptr,  # (N, C), written if there is a maximum, or None
     part_ptr,  # (N, J, K, H), written, or None
-    counters_ptr,
-    groups,
+    slots_ptr,  # of the group's items of this phase
+    stamp,
     group,
     item,
     N,
@@ -204,8 +204,9 @@ def squeeze(
                 tl.store(p_stats + (AVG + TOP) * C, b_lp, mask=m_c)
             if LSE:
                 tl.store(p_stats + (AVG + TOP + LP) * C, b_exp, mask=m_c)
-            last = is_last_of(split_counter(counters_ptr, groups, i_n * J + i_j), S)
+            last = i_s == S - 1
             if last:
+                wait(slots_ptr + i_j * S, S - 1, stamp)
                 p_stats = stats_ptr + i_n * S * Q * C + o_c
                 b_avg = tl.zeros([BLOCK_C], ACC)
                 b_top = tl.full([BLOCK_C], float("-inf"), ACC)
@@ -381,15 +382,15 @@ def excite(
     return b_gate
 
 
-@triton.jit(do_not_specialize=["groups"])
+@triton.jit(do_not_specialize=["stamp"])
 def squeeze_kernel(
     x_ptr,  # (N, C, P)
     stats_ptr,  # (N, S, Q, C), written, or None if S = 1
     arg_ptr,  # (N, S, C), written, or None
     pool_ptr,  # (N, K, C), written
     argmax_ptr,  # (N, C), written if MAX
-    counters_ptr,
-    groups,
+    slots_ptr,  # (N, J, S), or None if S = 1
+    stamp,
     C,
     P,
     CHUNK,
@@ -404,13 +405,22 @@ def squeeze_kernel(
 ):
     """The pools alone."""
     C, P = aligned(C, P, UNIT, CHANNELS_LAST)
-    items = tl.cdiv(C, BLOCK_C) * tl.cdiv(P, CHUNK)
+    S = tl.cdiv(P, CHUNK)
+    items = tl.cdiv(C, BLOCK_C) * S
     pid = tl.program_id(0)
+    p_slots = slots_ptr
+    if slots_ptr is not None:
+        p_slots = slots_ptr + pid // items * items
     squeeze(
-        x_ptr, None, stats_ptr, arg_ptr, pool_ptr, argmax_ptr, None, counters_ptr,
-        groups, pid // items, pid % items, groups, C, P, 1, CHUNK,
+        x_ptr, None, stats_ptr, arg_ptr, pool_ptr, argmax_ptr, None, p_slots, stamp,
+        pid // items, pid % items, tl.num_programs(0) // items, C, P, 1, CHUNK,
         AVG, MAX, LP, LSE, True, pool_ptr.dtype.element_ty, 1, CHANNELS_LAST, BLOCK_C, BLOCK_P, 16,
     )  # fmt: skip
+    if slots_ptr is not None:
+        if pid % S == S - 1:
+            clear(slots_ptr + pid - (S - 1), S - 1)
+        else:
+            mark(slots_ptr + pid, stamp)
 
 
 def pool_bits(pool_types: Sequence[str]) -> int:
@@ -437,28 +447,25 @@ def stats_count(pools: int) -> int:
     return pool_count(pools) + ((pools & 10) == 8)
 
 
-def empty_stats(x: Tensor, plan: ChannelPlan, pools: int) -> tuple[Tensor | None, Tensor | None]:
-    """``stats, arg``: what the parts of divided planes leave; None where planes are whole."""
-    if plan.splits == 1:
-        return None, None
-    n, c, _, _ = x.shape
-    stats = x.new_empty((n, plan.splits, stats_count(pools), c), dtype=accumulation_dtype(x))
-    return stats, x.new_empty((n, plan.splits, c), dtype=torch.int32) if pools & 2 else None
-
-
 def pool(x: Tensor, pools: int) -> tuple[Tensor, Tensor]:
     """Launch the pools alone: ``pool`` (N, K, C) and ``argmax`` (N, C), empty without "max"."""
     n, c, h, w = x.shape
     plan = channel_plan(x, 0)
     values = x.new_empty((n, pool_count(pools), c), dtype=accumulation_dtype(x))
     argmax = empty_argmax(x, pools)
+    stats = arg = slots = None
+    if plan.splits > 1:
+        stats = values.new_empty((n, plan.splits, stats_count(pools), c))
+        arg = x.new_empty((n, plan.splits, c), dtype=torch.int32) if pools & 2 else None
+        slots = x.new_empty((n, plan.items), dtype=torch.int64)
     squeeze_kernel[(n * plan.items,)](
         x,
-        *empty_stats(x, plan, pools),
+        stats,
+        arg,
         values,
         argmax,
-        counters(x, plan) if plan.splits > 1 else None,
-        n,
+        slots,
+        new_stamp(),
         c,
         h * w,
         plan.chunk,
@@ -469,16 +476,10 @@ def pool(x: Tensor, pools: int) -> tuple[Tensor, Tensor]:
 
 
 def scratch_size(x: Tensor, hidden: int, pools: int, plan: ChannelPlan) -> int:
-    """Elements of ``part`` (N, J, K, H) and, where planes are divided, ``stats`` (N, S, Q, C)."""
+    """Elements of ``part`` (N, J, K, H) and, where planes are divided, ``arg`` (N, S, C) and ``stats`` (N, S, Q, C)."""
     n, c, _, _ = x.shape
-    stats = plan.splits * stats_count(pools) * c if plan.splits > 1 else 0
-    return n * (plan.blocks * pool_count(pools) * hidden + stats)
-
-
-def forward_counters(x: Tensor, pools: int, plan: ChannelPlan) -> Tensor:
-    """The counters and, where planes are divided, ``arg`` (N, S, C)."""
-    n, c, _, _ = x.shape
-    return counters(x, plan, n * plan.splits * c if plan.splits > 1 and pools & 2 else 0)
+    divided = plan.splits * (stats_count(pools) + (pools >> 1 & 1)) * c if plan.splits > 1 else 0
+    return n * (plan.blocks * pool_count(pools) * hidden + divided)
 
 
 def empty_saved(x: Tensor, hidden: int, pools: int) -> tuple[Tensor, Tensor]:

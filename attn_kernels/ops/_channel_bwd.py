@@ -1,6 +1,6 @@
 """Squeeze and excitation of channels, backward: the part that SE and CBAM's channel gate share.
 
-Two phases of one launch (see _tickets.py). The first reads dy and x: the gradient of the gate, the pools again, and
+Two phases of one launch (see _phases.py). The first reads dy and x: the gradient of the gate, the pools again, and
 partial sums over channels of fc2's transposed product (``dpart``). Items between the two add those up and go back to
 the hidden layer. The second goes through fc1 to the pools, reads dy again and writes dx. Items behind all others
 compute the weights' gradients from what the first phases have left.
@@ -42,18 +42,7 @@ from attn_kernels.ops._device import (
     store_tile,
 )
 from attn_kernels.ops._launch import channel_plan, tile_options
-from attn_kernels.ops._tickets import (
-    counters,
-    counters_size,
-    done_counter,
-    flag,
-    is_last_of,
-    signal,
-    split_counter,
-    take_ticket,
-    wait,
-    work_item,
-)
+from attn_kernels.ops._phases import clear, empty_scratch, mark, new_stamp, slots_pointer, wait, work_item
 
 
 @triton.jit
@@ -83,12 +72,11 @@ def scratch_pointers(scratch_ptr, N, C, H, AVG: tl.constexpr, MAX: tl.constexpr,
 
 @triton.jit
 def _sum_planes(
-    dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, argmax_ptr, pool_ptr, stats_ptr, counters_ptr, groups,
+    dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, argmax_ptr, pool_ptr, stats_ptr, slots_ptr, stamp,
     i_n, i_j, i_s, C, P, CHUNK, AVG: tl.constexpr, MAX: tl.constexpr, ACC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """sum_p dy * x, and the average and the maximum of x, of a work item's part of a sample; whether they are whole."""
-    J = tl.cdiv(C, BLOCK_C)
     S = tl.cdiv(P, CHUNK)
     c = i_j * BLOCK_C
     o_c = c + tl.arange(0, BLOCK_C)
@@ -110,8 +98,9 @@ def _sum_planes(
         tl.store(p_stats + i_s * (1 + AVG) * C, b_dgate, mask=m_c)
         if AVG:
             tl.store(p_stats + (i_s * 2 + 1) * C, b_avg, mask=m_c)
-        last = is_last_of(split_counter(counters_ptr, groups, i_n * J + i_j), S)
+        last = i_s == S - 1
         if last:
+            wait(slots_ptr + i_j * S, S - 1, stamp)
             b_dgate = tl.zeros([BLOCK_C], ACC)
             b_avg = tl.zeros([BLOCK_C], ACC)
             for s in range(0, S):
@@ -132,7 +121,7 @@ def _sum_planes(
 @triton.jit
 def _dgate(
     dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, w2_ptr, b2_ptr, pre_ptr, argmax_ptr, gate_ptr,
-    dlogit_ptr, pool_ptr, dpart_ptr, stats_ptr, counters_ptr, groups, group, item, N, C, P, H, CHUNK,
+    dlogit_ptr, pool_ptr, dpart_ptr, stats_ptr, slots_ptr, stamp, group, item, N, C, P, H, CHUNK,
     AVG: tl.constexpr, MAX: tl.constexpr, K: tl.constexpr, ACTIVATION: tl.constexpr, GATE: tl.constexpr,
     SAMPLES: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -148,8 +137,8 @@ def _dgate(
     m_c = o_c < C
     if SAMPLES == 1:
         b_dgate, last = _sum_planes(
-            dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, argmax_ptr, pool_ptr, stats_ptr, counters_ptr,
-            groups, tl.cast(group, tl.int64), i_j, i_s, C, P, CHUNK, AVG, MAX, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P,
+            dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, argmax_ptr, pool_ptr, stats_ptr, slots_ptr,
+            stamp, tl.cast(group, tl.int64), i_j, i_s, C, P, CHUNK, AVG, MAX, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P,
         )  # fmt: skip
         b_dgates = tl.expand_dims(b_dgate, 0)
     else:
@@ -157,8 +146,8 @@ def _dgate(
         b_dgates = tl.zeros([ROWS, BLOCK_C], ACC)
         for row in range(0, tl.minimum(SAMPLES, N - group * SAMPLES)):
             b_dgate, _ = _sum_planes(
-                dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, argmax_ptr, pool_ptr, None, counters_ptr,
-                groups, tl.cast(group * SAMPLES + row, tl.int64), i_j, i_s, C, P, CHUNK, AVG, MAX, ACC,
+                dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, argmax_ptr, pool_ptr, None, slots_ptr,
+                stamp, tl.cast(group * SAMPLES + row, tl.int64), i_j, i_s, C, P, CHUNK, AVG, MAX, ACC,
                 CHANNELS_LAST, BLOCK_C, BLOCK_P,
             )  # fmt: skip
             b_dgates = put_row(b_dgates, row, b_dgate)
@@ -276,8 +265,6 @@ def gates_kernel(
     w2_ptr,  # (C, H)
     b2_ptr,  # (C,) or None
     gate_ptr,  # (N, C), written
-    counters_ptr,  # written: zeros
-    counters,
     N,
     C,
     H,
@@ -288,19 +275,16 @@ def gates_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """The gates again, of a group of samples and a block of channels; and zeros for the launch that takes tickets."""
+    """The gates again, of a group of samples and a block of channels."""
     J = tl.cdiv(C, BLOCK_C)
     pid = tl.program_id(0)
     excite(
         pre_ptr, w2_ptr, b2_ptr, gate_ptr, pid // J, pid % J * BLOCK_C, N, C, H,
         K, ACTIVATION, GATE, SAMPLES, BLOCK_C, BLOCK_H,
     )  # fmt: skip
-    for i in range(pid, tl.cdiv(counters, 128), tl.num_programs(0)):
-        o = i * 128 + tl.arange(0, 128)
-        tl.store(counters_ptr + o, 0, mask=o < counters)
 
 
-@triton.jit(do_not_specialize=["N", "groups", "lead"])
+@triton.jit(do_not_specialize=["slots", "stamp", "N", "groups", "lead"])
 def gate_bwd_kernel(
     dy_ptr,  # (N, C, P)
     mask_ptr,  # bits of the ReLU, or None
@@ -313,7 +297,8 @@ def gate_bwd_kernel(
     saved_ptr,  # pre (N, K, H), pool (N, L, C); None without a channel gate, when only dx is computed
     argmax_ptr,  # (N, C) or None
     scratch_ptr,  # gate (N, C), behind a spatial gate read, else written; all of scratch_pointers, and stats, written
-    counters_ptr,
+    slots,  # where they begin in scratch
+    stamp,
     dx_ptr,  # (N, C, P), written
     dresidual_ptr,  # (N, C, P), written, or None
     dw1_ptr,  # (H, C), written
@@ -349,23 +334,34 @@ def gate_bwd_kernel(
     K: tl.constexpr = AVG + MAX + LP + LSE
     J = tl.cdiv(C, BLOCK_C)
     S = tl.cdiv(P, CHUNK)
-    hidden_items = tl.cdiv(SAMPLES * H, BLOCK_E)
+    pid = tl.program_id(0)
+    first_items = J * S
     if saved_ptr is None:
-        second, group, item = work_item(tl.program_id(0), groups, 0, 0, J * S, 0)
         hidden_items = 0
+        second_items = first_items
+        weight_item = -1
+        second, group, item = work_item(pid, groups, 0, 0, second_items, 0)
     else:
+        hidden_items = tl.cdiv(SAMPLES * H, BLOCK_E)
+        second_items = hidden_items + first_items
+        # Behind the second phase of the last group come the weights, which wait for the hidden layer of all.
+        weight_item = pid - groups * (first_items + second_items)
+        second, group, item = work_item(pid, groups, lead, first_items, second_items, hidden_items)
         dlogit_ptr, dpre_ptr, pool_ptr, dpart_ptr = scratch_pointers(scratch_ptr, N, C, H, AVG, MAX, K)
         stats_ptr = None
         if DIVIDED:
             stats_ptr = dpart_ptr + tl.cast(N, tl.int64) * J * H  # (N, S, 1 + AVG, C)
-        ticket = take_ticket(counters_ptr)
-        second, group, item = work_item(ticket, groups, lead, J * S, hidden_items + J * S, hidden_items)
-        # Behind the second phase of the last group come the weights, which wait for the hidden layer of all.
-        weight_item = ticket - groups * (hidden_items + 2 * J * S)
-        second = second & (weight_item < 0)
-        p_done = done_counter(counters_ptr, groups)
+        slots_ptr = slots_pointer(scratch_ptr, slots)
+        p_first = slots_ptr + group * (first_items + second_items)
+        p_second = p_first + first_items
+        p_weights = slots_ptr + groups * (first_items + second_items)
+        weight_items = tl.num_programs(0) - groups * (first_items + second_items)
+        # The hidden layers' again, since a group's slots may be cleared before others' are set; one for all of them.
+        p_hidden = p_weights + weight_items
+        p_all = p_hidden + groups * hidden_items
         if weight_item >= 0:
-            wait(p_done, groups * hidden_items)
+            wait(p_all, 1, stamp)
+            mark(p_weights + weight_item, stamp)
             _dweights(
                 saved_ptr, dlogit_ptr, dpre_ptr, pool_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, weight_item, N, C, H,
                 AVG, MAX, LP, LSE, ACTIVATION, BLOCK_W,
@@ -373,23 +369,27 @@ def gate_bwd_kernel(
         elif not second:
             _dgate(
                 dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, w2_ptr, b2_ptr, saved_ptr, argmax_ptr,
-                scratch_ptr, dlogit_ptr, pool_ptr, dpart_ptr, stats_ptr, counters_ptr, groups, group, item,
+                scratch_ptr, dlogit_ptr, pool_ptr, dpart_ptr, stats_ptr, p_first, stamp, group, item,
                 N, C, P, H, CHUNK, AVG, MAX, K, ACTIVATION, GATE, SAMPLES, CHANNELS_LAST, BLOCK_C, BLOCK_P, BLOCK_H,
             )  # fmt: skip
-            signal(flag(counters_ptr, groups, 0, group))
+            mark(p_first + item, stamp)
         elif item < hidden_items:
-            wait(flag(counters_ptr, groups, 0, group), J * S)
+            wait(p_first, first_items, stamp)
             _hidden_grad(dpart_ptr, saved_ptr, dpre_ptr, group, item, N, H, J, K, ACTIVATION, SAMPLES, BLOCK_E)
-            signal(flag(counters_ptr, groups, 1, group))
-            signal(p_done)
-    if second & (item >= hidden_items):
-        item -= hidden_items
-        i_s = item % S
-        c = item // S * BLOCK_C
+            mark(p_second + item, stamp)
+            mark(p_hidden + group * hidden_items + item, stamp)
+            if (group == groups - 1) & (item == hidden_items - 1):
+                wait(p_hidden, groups * hidden_items, stamp)
+                mark(p_all, stamp)
+        else:
+            wait(p_second, hidden_items, stamp)
+            mark(p_second + item, stamp)
+    if (weight_item < 0) & second & (item >= hidden_items):
+        i_s = (item - hidden_items) % S
+        c = (item - hidden_items) // S * BLOCK_C
         o_c = c + tl.arange(0, BLOCK_C)
         m_c = o_c < C
         if saved_ptr is not None:
-            wait(flag(counters_ptr, groups, 1, group), hidden_items)
             if AVG:
                 b_davgs = _dpool(dpre_ptr, w1_ptr, group, 0, o_c, N, C, H, K, ACC, SAMPLES, BLOCK_H) / P
             if MAX:
@@ -433,24 +433,28 @@ def gate_bwd_kernel(
                         if LSE:
                             b_dx += b_dlse[:, None] * tl.exp(b_x - b_lse[:, None])
                 store_tile(b_dx, dx_ptr, i_n, c, p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+    if saved_ptr is not None:
+        if pid == tl.num_programs(0) - 1:
+            wait(p_weights, weight_items, stamp)
+            clear(p_weights, weight_items + groups * hidden_items + 1)
+        elif (weight_item < 0) & second & (item == second_items - 1):
+            wait(p_second, second_items, stamp)
+            clear(p_first, first_items + second_items)
 
 
 def gates(
     x: Tensor, w2: Tensor, b2: Tensor | None, saved: Tensor, pools: int, activation: str, gate_name: str
-) -> tuple[Tensor, Tensor]:
-    """Launch the gates alone: ``scratch``, which begins with them, and ``tickets``, for a later :func:`backward`."""
+) -> tuple[Tensor, int]:
+    """Launch the gates alone: the scratch memory, which begins with them, of a later :func:`backward`."""
     n, c, _, _ = x.shape
     hidden = w2.shape[1]
     plan = channel_plan(x, hidden)
-    scratch = _empty_scratch(x, hidden, pools, saved, plan)
-    tickets = torch.empty(counters_size(x, plan), dtype=torch.int32, device=x.device)
+    scratch, slots = _empty_scratch(x, hidden, pools, plan)
     gates_kernel[(plan.groups * plan.blocks,)](
         saved,
         w2,
         b2,
         scratch,
-        tickets,
-        tickets.numel(),
         n,
         c,
         hidden,
@@ -462,7 +466,7 @@ def gates(
         BLOCK_H=plan.block_h,
         num_warps=plan.tile.num_warps,
     )
-    return scratch, tickets
+    return scratch, slots
 
 
 def backward(
@@ -480,18 +484,12 @@ def backward(
     activation: str,
     gate_name: str,
     need_dresidual: bool,
-    scratch: Tensor | None = None,
-    tickets: Tensor | None = None,
+    scratch: tuple[Tensor, int] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]:
-    """Launch the gate's backward: ``dx, dresidual, dw1, db1, dw2, db2``.
-
-    Behind a spatial gate ``scratch`` begins with the gate's values, and ``tickets`` are counters at zero.
-    """
+    """Launch the gate's backward: ``dx, dresidual, dw1, db1, dw2, db2``; behind a spatial gate with its scratch."""
     hidden = w1.shape[0]
-    if scratch is None:
-        plan = channel_plan(x, hidden)
-        scratch, tickets = _empty_scratch(x, hidden, pools, saved, plan), counters(x, plan)
-    channel = w1, w2, b2, saved, argmax, scratch, tickets
+    scratch = scratch or _empty_scratch(x, hidden, pools, channel_plan(x, hidden))
+    channel = w1, w2, b2, saved, argmax, *scratch
     dweights = empty_dweights(w1, w2)
     dx, dresidual = launch_dx(
         dy, mask, x, spatial, spatial_argmax, need_dresidual, channel, dweights, hidden, pools, activation, gate_name
@@ -499,12 +497,21 @@ def backward(
     return dx, dresidual, *dweights
 
 
-def _empty_scratch(x: Tensor, hidden: int, pools: int, saved: Tensor, plan: config.ChannelPlan) -> Tensor:
-    """``gate``, all of ``scratch_pointers`` and ``stats``, in the dtype of ``saved``."""
+def _programs(c: int, hidden: int, plan: config.ChannelPlan) -> int:
+    """Work items of both phases, and blocks of weights."""
+    if not hidden:
+        return plan.groups * plan.items
+    weights = config.cdiv(c, config.WEIGHT_BLOCK) * config.cdiv(hidden, config.WEIGHT_BLOCK)
+    return plan.groups * (2 * plan.items + plan.hidden_items(hidden)) + weights
+
+
+def _empty_scratch(x: Tensor, hidden: int, pools: int, plan: config.ChannelPlan) -> tuple[Tensor, int]:
+    """``gate``, all of ``scratch_pointers``, ``stats`` and slots; and where these begin."""
     n, c, _, _ = x.shape
     stats = plan.splits * (1 + (pools & 1)) * c if plan.splits > 1 else 0
     computed = 2 + pool_count(pools) - kept_count(pools)
-    return saved.new_empty(n * (computed * c + (pool_count(pools) + plan.blocks) * hidden + stats))
+    elements = n * (computed * c + (pool_count(pools) + plan.blocks) * hidden + stats)
+    return empty_scratch(x, elements, _programs(c, hidden, plan) + plan.groups * plan.hidden_items(hidden) + 1)
 
 
 def launch_dx(
@@ -526,17 +533,14 @@ def launch_dx(
     plan = channel_plan(x, hidden)
     dx = torch.empty_like(x)
     dresidual = torch.empty_like(x) if need_dresidual else None
-    programs = plan.groups * plan.items
-    if hidden:
-        programs += plan.groups * (plan.items + plan.hidden_items(hidden))
-        programs += config.cdiv(c, config.WEIGHT_BLOCK) * config.cdiv(hidden, config.WEIGHT_BLOCK)
-    gate_bwd_kernel[(programs,)](
+    gate_bwd_kernel[(_programs(c, hidden, plan),)](
         dy,
         mask,
         x,
         spatial,
         spatial_argmax,
         *channel,
+        new_stamp(),
         dx,
         dresidual,
         *dweights,

@@ -2,8 +2,8 @@
 
 Woo et al., ECCV 2018, equations 1 to 3. N = bytes of x; maps of one value a pixel are small beside it.
 
-Forward, 3 launches and one that zeroes counters, 3N (+ N residual): the channel gate reads x and, while it is still in
-L2 (see _tickets.py), the channel pool reads it again; the convolution and the batch's statistics on maps (see
+Forward, 3 launches, 3N (+ N residual): the channel gate reads x and, while it is still in
+L2 (see _phases.py), the channel pool reads it again; the convolution and the batch's statistics on maps (see
 _conv.py); the scale reads x and writes y. u itself is never written.
 Backward, 5 launches, 5N (+ N dresidual): the channel gates again; the spatial gate's gradient, with its pools again,
 reads dy and x; the convolution's backward, 2, on maps; the channel gate's, with the weights', reads dy and x, dy again
@@ -37,7 +37,7 @@ from attn_kernels.ops._library import (
     register,
     unmask,
 )
-from attn_kernels.ops._tickets import flag, signal, take_ticket, wait, work_item
+from attn_kernels.ops._phases import clear, empty_scratch, mark, new_stamp, slots_pointer, wait, work_item
 from reference._common import accumulation_dtype
 from reference.cbam import channel_gate, spatial_gate
 
@@ -80,7 +80,7 @@ def _channel_pool(
         tl.store(argmax_ptr + i_n * P + o_p, b_first, mask=m_p)
 
 
-@triton.jit(do_not_specialize=["N", "groups", "lead"])
+@triton.jit(do_not_specialize=["slots", "stamp", "N", "groups", "lead"])
 def pools_kernel(
     x_ptr,  # (N, C, P)
     w1_ptr,  # (H, C), or None where there is no channel gate
@@ -89,8 +89,9 @@ def pools_kernel(
     b2_ptr,  # (C,) or None
     saved_ptr,  # pre (N, K, H), pool (N, L, C), written, or None where there is no channel gate
     argmax_ptr,  # (N, C), written if MAX, or None
-    scratch_ptr,  # gate (N, C), part (N, J, K, H), written; stats (N, S, Q, C), written if DIVIDED
-    counters_ptr,  # and arg (N, S, C), written if DIVIDED and MAX
+    scratch_ptr,  # gate (N, C) and all of forward_pointers, written
+    slots,  # where they begin in scratch
+    stamp,
     pools_ptr,  # (N, 2, P), written: maximum, mean
     spatial_argmax_ptr,  # (N, P), written, or None
     N,
@@ -131,40 +132,46 @@ def pools_kernel(
         S = tl.cdiv(P, CHUNK)
         pool_ptr = _channel.pool_pointer(saved_ptr, N, H, K)
         part_ptr, stats_ptr, arg_ptr = _channel.forward_pointers(
-            scratch_ptr + tl.cast(N, tl.int64) * C, counters_ptr, N, C, H, J, groups, K, MAX, DIVIDED
+            scratch_ptr + tl.cast(N, tl.int64) * C, N, C, H, J, S, K, MAX, DIVIDED
         )
-        ticket = take_ticket(counters_ptr)
         # In the second phase the hidden layer comes first, then the gates, a block of channels an item.
         hidden_items = tl.cdiv(SAMPLES * K * H, BLOCK_E)
         ahead = hidden_items + J
-        second, group, item = work_item(ticket, groups, lead, J * S, ahead + SAMPLES * blocks, ahead)
+        first_items = J * S
+        second_items = ahead + SAMPLES * blocks
+        second, group, item = work_item(tl.program_id(0), groups, lead, first_items, second_items, ahead)
+        p_first = slots_pointer(scratch_ptr, slots) + group * (first_items + second_items)
+        p_second = p_first + first_items
         if not second:
             _channel.squeeze(
-                x_ptr, w1_ptr, stats_ptr, arg_ptr, pool_ptr, argmax_ptr, part_ptr, counters_ptr,
-                groups, group, item, N, C, P, H, CHUNK,
+                x_ptr, w1_ptr, stats_ptr, arg_ptr, pool_ptr, argmax_ptr, part_ptr, p_first, stamp,
+                group, item, N, C, P, H, CHUNK,
                 AVG, MAX, LP, LSE, False, part_ptr.dtype.element_ty, SAMPLES, CHANNELS_LAST, BLOCK_C, BLOCK_P, BLOCK_H,
             )  # fmt: skip
-            signal(flag(counters_ptr, groups, 0, group))
+            mark(p_first + item, stamp)
         elif item < hidden_items:
-            wait(flag(counters_ptr, groups, 0, group), J * S)
+            wait(p_first, first_items, stamp)
             _channel.hidden_layer(part_ptr, b1_ptr, saved_ptr, group, item, N, H, J, K, SAMPLES, BLOCK_E)
-            signal(flag(counters_ptr, groups, 1, group))
+            mark(p_second + item, stamp)
         elif item < ahead:
-            wait(flag(counters_ptr, groups, 1, group), hidden_items)
+            wait(p_second, hidden_items, stamp)
             _channel.excite(
                 saved_ptr, w2_ptr, b2_ptr, scratch_ptr, group, (item - hidden_items) * BLOCK_C, N, C, H,
                 K, "relu", "sigmoid", SAMPLES, BLOCK_C, BLOCK_H,
             )  # fmt: skip
-            signal(flag(counters_ptr, groups, 2, group))
+            mark(p_second + item, stamp)
         else:
-            item -= ahead
-            i_n = (group * SAMPLES + item // blocks).to(tl.int64)
+            wait(p_second + hidden_items, J, stamp)
+            mark(p_second + item, stamp)
+            i_n = (group * SAMPLES + (item - ahead) // blocks).to(tl.int64)
             if i_n < N:
-                wait(flag(counters_ptr, groups, 2, group), J)
                 _channel_pool(
-                    x_ptr, scratch_ptr, pools_ptr, spatial_argmax_ptr, i_n, item % blocks * POOL_P, C, P,
+                    x_ptr, scratch_ptr, pools_ptr, spatial_argmax_ptr, i_n, (item - ahead) % blocks * POOL_P, C, P,
                     CHANNELS_LAST, POOL_C, POOL_P,
                 )  # fmt: skip
+            if item == second_items - 1:
+                wait(p_second, second_items, stamp)
+                clear(p_first, first_items + second_items)
 
 
 @triton.jit
@@ -342,15 +349,14 @@ def _forward(
     z, spatial_argmax = _empty_maps(x)
     channel_pools, parts = z.new_empty((n, 2, h, w)), z.new_empty((3, _conv.programs(x, conv_weight)))
     if w1 is None:
-        saved = argmax = scratch = tickets = None
+        saved = argmax = scratch = slots = None
         programs = grid
     else:
         saved, argmax = _channel.empty_saved(x, hidden, pools)
-        scratch = z.new_empty(n * c + _channel.scratch_size(x, hidden, pools, plan))  # behind the gate
-        tickets = _channel.forward_counters(x, pools, plan)
         second = plan.hidden_items(_channel.pool_count(pools) * hidden) + plan.blocks
         second += plan.samples * grid[0] // n
         programs = (plan.groups * (plan.items + second),)
+        scratch, slots = empty_scratch(x, n * c + _channel.scratch_size(x, hidden, pools, plan), programs[0])
     pools_kernel[programs](
         x,
         w1,
@@ -360,7 +366,8 @@ def _forward(
         saved,
         argmax,
         scratch,
-        tickets,
+        slots,
+        new_stamp(),
         channel_pools,
         spatial_argmax if save else None,
         n,
@@ -482,14 +489,14 @@ def _backward(
     spatial, channel_pools, dlogit = (z.new_empty((n, maps, h, w)) for maps in (3, 2, 1))
     parts = z.new_empty((programs, 2))
     channel_gate = pools, "relu", "sigmoid"
-    scratch = tickets = None
+    scratch = None, None
     if w1 is not None:
-        scratch, tickets = _channel_bwd.gates(x, w2, b2, saved, *channel_gate)
+        scratch = _channel_bwd.gates(x, w2, b2, saved, *channel_gate)
     dspatial_kernel[(programs,)](
         dy,
         mask,
         x,
-        scratch,
+        scratch[0],
         z,
         spatial_argmax,
         weight,
@@ -523,7 +530,6 @@ def _backward(
             *channel_gate,
             need_dresidual,
             scratch,
-            tickets,
         )
     dresidual = x.new_empty(0) if dresidual is None else dresidual
     return dx, dresidual, *channel, *spatial_gate

@@ -2,9 +2,9 @@
 
 Hu et al., CVPR 2018, equations 2 to 4; Woo et al., ECCV 2018, equation 2. N = bytes of x.
 
-Forward, 1 launch and one that zeroes counters, 2N (+ N residual): x is read for the pools and, while it is still in L2
-(see _tickets.py), once more for y.
-Backward, likewise, 3N (+ N dresidual): dy and x are read for the gate's gradient, dy again from L2 for dx (x, too, for
+Forward, 1 launch, 2N (+ N residual): x is read for the pools and, while it is still in L2 (see _phases.py), once more
+for y.
+Backward, 1 launch, 3N (+ N dresidual): dy and x are read for the gate's gradient, dy again from L2 for dx (x, too, for
 lp and lse); the weights' gradients touch no full-size tensor.
 Saved: x, and O(N * C): the hidden layer before its activation, the index of the maximum, lp and lse; one bit an element
 with ReLU. Backward computes the gate and the other pools again.
@@ -24,11 +24,9 @@ from attn_kernels.ops._channel import (
     empty_dweights,
     empty_saved,
     excite,
-    forward_counters,
     forward_pointers,
     get_row,
     hidden_layer,
-    kept_count,
     pool_bits,
     pool_count,
     pool_flags,
@@ -48,13 +46,12 @@ from attn_kernels.ops._library import (
     register,
     unmask,
 )
-from attn_kernels.ops._tickets import flag, signal, take_ticket, wait, work_item
-from reference._common import accumulation_dtype
+from attn_kernels.ops._phases import clear, empty_scratch, mark, new_stamp, slots_pointer, wait, work_item
 from reference.cbam import POOLS
 from reference.se import GATES, mlp
 
 
-@triton.jit(do_not_specialize=["N", "groups", "lead"])
+@triton.jit(do_not_specialize=["slots", "stamp", "N", "groups", "lead"])
 def channel_gate_kernel(
     x_ptr,  # (N, C, P)
     residual_ptr,  # (N, C, P) or None
@@ -64,10 +61,11 @@ def channel_gate_kernel(
     b1_ptr,  # (H,) or None
     w2_ptr,  # (C, H)
     b2_ptr,  # (C,) or None
-    saved_ptr,  # pre (N, K, H), written; pool (N, L, C), written if SAVE
+    saved_ptr,  # pre (N, K, H), pool (N, L, C), written; or None
     argmax_ptr,  # (N, C), written if MAX, or None
-    scratch_ptr,  # part (N, J, K, H), written; stats (N, S, Q, C), written if DIVIDED
-    counters_ptr,  # and arg (N, S, C), written if DIVIDED and MAX
+    scratch_ptr,  # pre (N, K, H) if it is not saved, and all of forward_pointers, written
+    slots,  # where they begin in scratch
+    stamp,
     N,
     groups,
     lead,
@@ -82,7 +80,6 @@ def channel_gate_kernel(
     ACTIVATION: tl.constexpr,
     GATE: tl.constexpr,
     RELU: tl.constexpr,
-    SAVE: tl.constexpr,
     DIVIDED: tl.constexpr,
     SAMPLES: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -97,31 +94,40 @@ def channel_gate_kernel(
     K: tl.constexpr = AVG + MAX + LP + LSE
     J = tl.cdiv(C, BLOCK_C)
     S = tl.cdiv(P, CHUNK)
-    pool_ptr = None
-    if SAVE:
-        pool_ptr = pool_pointer(saved_ptr, N, H, K)
-    part_ptr, stats_ptr, arg_ptr = forward_pointers(scratch_ptr, counters_ptr, N, C, H, J, groups, K, MAX, DIVIDED)
     hidden_items = tl.cdiv(SAMPLES * K * H, BLOCK_E)
-    ticket = take_ticket(counters_ptr)
-    second, group, item = work_item(ticket, groups, lead, J * S, hidden_items + J * S, hidden_items)
+    first_items = J * S
+    second_items = hidden_items + first_items
+    slots_ptr = slots_pointer(scratch_ptr, slots)
+    pool_ptr = None
+    if saved_ptr is None:
+        pre_ptr = scratch_ptr
+        scratch_ptr = pool_pointer(scratch_ptr, N, H, K)
+    else:
+        pre_ptr = saved_ptr
+        if LP or LSE:
+            pool_ptr = pool_pointer(saved_ptr, N, H, K)
+    part_ptr, stats_ptr, arg_ptr = forward_pointers(scratch_ptr, N, C, H, J, S, K, MAX, DIVIDED)
+    second, group, item = work_item(tl.program_id(0), groups, lead, first_items, second_items, hidden_items)
+    p_first = slots_ptr + group * (first_items + second_items)
+    p_second = p_first + first_items
     if not second:
         squeeze(
-            x_ptr, w1_ptr, stats_ptr, arg_ptr, pool_ptr, argmax_ptr, part_ptr, counters_ptr,
-            groups, group, item, N, C, P, H, CHUNK,
+            x_ptr, w1_ptr, stats_ptr, arg_ptr, pool_ptr, argmax_ptr, part_ptr, p_first, stamp,
+            group, item, N, C, P, H, CHUNK,
             AVG, MAX, LP, LSE, False, part_ptr.dtype.element_ty, SAMPLES, CHANNELS_LAST, BLOCK_C, BLOCK_P, BLOCK_H,
         )  # fmt: skip
-        signal(flag(counters_ptr, groups, 0, group))
+        mark(p_first + item, stamp)
     elif item < hidden_items:
-        wait(flag(counters_ptr, groups, 0, group), J * S)
-        hidden_layer(part_ptr, b1_ptr, saved_ptr, group, item, N, H, J, K, SAMPLES, BLOCK_E)
-        signal(flag(counters_ptr, groups, 1, group))
+        wait(p_first, first_items, stamp)
+        hidden_layer(part_ptr, b1_ptr, pre_ptr, group, item, N, H, J, K, SAMPLES, BLOCK_E)
+        mark(p_second + item, stamp)
     else:
-        item -= hidden_items
-        i_s = item % S
-        c = item // S * BLOCK_C
-        wait(flag(counters_ptr, groups, 1, group), hidden_items)
+        wait(p_second, hidden_items, stamp)
+        mark(p_second + item, stamp)
+        i_s = (item - hidden_items) % S
+        c = (item - hidden_items) // S * BLOCK_C
         b_gates = excite(
-            saved_ptr, w2_ptr, b2_ptr, None, group, c, N, C, H, K, ACTIVATION, GATE, SAMPLES, BLOCK_C, BLOCK_H,
+            pre_ptr, w2_ptr, b2_ptr, None, group, c, N, C, H, K, ACTIVATION, GATE, SAMPLES, BLOCK_C, BLOCK_H,
         )  # fmt: skip
         for row in range(0, tl.minimum(SAMPLES, N - group * SAMPLES)):
             i_n = tl.cast(group * SAMPLES + row, tl.int64)
@@ -130,6 +136,9 @@ def channel_gate_kernel(
                 b_x = load_tile(x_ptr, i_n, c, p, C, P, b_gate.dtype, CHANNELS_LAST, BLOCK_C, BLOCK_P)
                 b_y = b_x * b_gate[:, None]
                 store_tail(b_y, y_ptr, residual_ptr, mask_ptr, i_n, c, p, C, P, RELU, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+        if item == second_items - 1:
+            wait(p_second, second_items, stamp)
+            clear(p_first, first_items + second_items)
 
 
 def _launch_forward(
@@ -151,9 +160,10 @@ def _launch_forward(
     hidden, k = w1.shape[0], pool_count(pools)
     plan = channel_plan(x, hidden)
     y = torch.empty_like(x)
-    float_options = {"dtype": accumulation_dtype(x), "device": x.device}
-    pre = torch.empty(n * k * hidden, **float_options) if saved is None else saved
-    channel_gate_kernel[(plan.groups * (2 * plan.items + plan.hidden_items(k * hidden)),)](
+    programs = plan.groups * (2 * plan.items + plan.hidden_items(k * hidden))
+    size = scratch_size(x, hidden, pools, plan) + (n * k * hidden if saved is None else 0)
+    scratch, slots = empty_scratch(x, size, programs)
+    channel_gate_kernel[(programs,)](
         x,
         residual,
         y,
@@ -162,10 +172,11 @@ def _launch_forward(
         b1,
         w2,
         b2,
-        pre,
+        saved,
         argmax,
-        torch.empty(scratch_size(x, hidden, pools, plan), **float_options),
-        forward_counters(x, pools, plan),
+        scratch,
+        slots,
+        new_stamp(),
         n,
         plan.groups,
         plan.lead,
@@ -177,7 +188,6 @@ def _launch_forward(
         ACTIVATION=activation,
         GATE=gate_name,
         RELU=relu,
-        SAVE=saved is not None and kept_count(pools) > 0,
         DIVIDED=plan.splits > 1,
         SAMPLES=plan.samples,
         BLOCK_H=plan.block_h,
