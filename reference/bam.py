@@ -16,6 +16,7 @@ from reference._common import (
     check_input,
     check_positive,
     like_parameters,
+    states,
     tail,
 )
 
@@ -56,8 +57,9 @@ def _check_branch(name: str, gate: nn.Sequential, kind: type[nn.Linear | nn.Conv
         if takes != width:
             raise ValueError(f"{name}: expected a layer that takes {width} channels, got {layer}")
         width = gives
-        for state in (*layer.parameters(), *layer.buffers()):
-            check_device(f"{name}, {layer}", state, x)
+        for state in states(layer):
+            if state.device != x.device:
+                check_device(f"{name}, {layer}", state, x)
     if width != out:
         raise ValueError(f"{name}: expected {out} channels out, got {width}")
 

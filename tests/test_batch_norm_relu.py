@@ -302,5 +302,5 @@ def test_opcheck(device):
     args = c, norm.weight.detach(), norm.bias.detach(), None, None, *norm.buffers(), True, True, 0.1, 1e-5
     torch.library.opcheck(forward_op, args, test_utils=("test_schema", "test_faketensor"))
     _, statistics = forward_op(*args)
-    backward = torch.randn_like(c), c, *args[1:3], None, statistics, True
+    backward = torch.randn_like(c), c, *args[1:5], statistics, True
     torch.library.opcheck(backward_op, backward, test_utils=("test_schema", "test_faketensor"))

@@ -106,6 +106,46 @@ def test_opcheck(device):
     assert checked.seen == registered_operators()  # a new operator is checked or fails here
 
 
+class _Names(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.seen.add(op.name())
+        return op(*args, **(kwargs or {}))
+
+
+def test_profilers_and_dispatch_modes_see_operators(device):
+    module, x = attn_kernels.SE(12).to(device), _x(device)
+    with torch.profiler.profile() as profile:
+        module(x).sum().backward()
+    ours = {name for name in registered_operators() if name.startswith("attn_kernels::channel_gate_")}
+    assert ours <= {event.name for event in profile.events()}
+    with _Names() as names:
+        module(x).sum().backward()
+    assert ours <= names.seen
+
+
+def test_gradients_in_a_batch(modules, device):
+    """The backward of a fused call under vmap."""
+    fused, eager = modules
+    x, dys = _x(device).requires_grad_(), torch.randn(3, 2, 12, 5, 7, device=device)
+    got, want = (torch.autograd.grad(m(x), x, dys, is_grads_batched=True)[0] for m in (fused, eager))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_tensors_whose_sign_is_pending(modules, device):
+    """PyTorch's imaginary parts of conjugates, whose memory holds the negative of their values."""
+    fused, eager = modules
+    x, dy = torch._neg_view(_x(device)).requires_grad_(), torch._neg_view(_x(device))
+    results = []
+    for module in (fused, eager):
+        y = module(x, x, "relu")
+        results.append((y, *torch.autograd.grad(y, x, dy)))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
 def test_compiles_without_a_graph_break(modules, device):
     fused, eager = modules
     x, residual = _x(device).requires_grad_(), _x(device).requires_grad_()

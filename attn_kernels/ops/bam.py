@@ -398,7 +398,7 @@ class _Squeeze(torch.autograd.Function):
 def _squeeze_formula(dtype: torch.dtype):
     def formula(x, weight, bias):
         weight, bias = (t if t is None else t.to(x.dtype) for t in (weight, bias))
-        return x.mean((2, 3), dtype=dtype), F.conv2d(x, weight[:, :, None, None], bias)
+        return x.mean((2, 3), dtype=dtype), F.conv2d(x, weight, bias)
 
     return formula
 
@@ -460,7 +460,7 @@ def _is_map(t: Tensor, channels: int, reduced: Tensor) -> bool:
 def bam(x: Tensor, gate_c: nn.Sequential, gate_s: nn.Sequential, residual: Tensor | None, relu: bool) -> Tensor:
     """The fused operator, differentiable; ``x`` and ``residual`` (N, C, H, W), dense in the same layout."""
     reduce = gate_s[0]
-    weight, bias = contiguous(reduce.weight.flatten(1), reduce.bias)
+    weight, bias = contiguous(reduce.weight, reduce.bias)
     squeeze = _Squeeze.apply if needs_grad(x, weight, bias) else squeeze_op
     mean, reduced, *slots = squeeze(x, weight, bias)
     channel, spatial = contiguous(channel_logits(mean, gate_c), _spatial_logits(reduced, gate_s))

@@ -11,8 +11,6 @@ Saved: c, and mean and 1 / standard deviation, O(C).
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -93,7 +91,7 @@ def normalize_kernel(
     part_ptr,  # of statistics_kernel, or None in evaluation
     weight_ptr,  # (C,) or None
     bias_ptr,  # (C,) or None
-    add_weight_ptr,  # (C,), or None where nothing is added up
+    add_weight_ptr,  # (1, C, 1, 1), or None where nothing is added up
     add_bias_ptr,  # (1,) or None
     running_mean_ptr,  # (C,), updated if UPDATE, or None
     running_var_ptr,  # (C,), updated if UPDATE, or None
@@ -187,7 +185,7 @@ def dparameters_kernel(
     c_ptr,  # (N, C, P)
     weight_ptr,  # (C,) or None
     bias_ptr,  # (C,) or None
-    add_weight_ptr,  # (C,) or None
+    add_weight_ptr,  # (1, C, 1, 1) or None
     statistics_ptr,  # (2, C)
     part_ptr,  # gradients of weight, bias and add_weight (2 or 3, programs, C), and of add_bias (programs,), written
     N,
@@ -241,11 +239,14 @@ def dc_kernel(
     c_ptr,  # (N, C, P)
     weight_ptr,  # (C,) or None
     bias_ptr,  # (C,) or None
-    add_weight_ptr,  # (C,) or None
+    add_weight_ptr,  # (1, C, 1, 1) or None
     statistics_ptr,  # (2, C)
     part_ptr,  # of dparameters_kernel
     dc_ptr,  # (N, C, P), written
-    dparameters_ptr,  # gradients of weight, bias and add_weight (2 or 3, C), and of add_bias (1,), written
+    dweight_ptr,  # (C,), written, or None
+    dbias_ptr,  # (C,), written, or None
+    dadd_weight_ptr,  # (1, C, 1, 1), written, or None
+    dadd_bias_ptr,  # (1,), written, or None
     N,
     C,
     P,
@@ -268,14 +269,17 @@ def dc_kernel(
     b_dbias = tl.sum(_load_parts(part_ptr, 1, programs, o_c, C, PARTS), axis=0)
     b_add = _load_parameter(add_weight_ptr, o_c, C, 1.0, ACC, BLOCK_C)
     if i_q == 0:
-        tl.store(dparameters_ptr + o_c, b_dweight, mask=m_c)
-        tl.store(dparameters_ptr + C + o_c, b_dbias, mask=m_c)
-        if add_weight_ptr is not None:
+        if dweight_ptr is not None:
+            tl.store(dweight_ptr + o_c, b_dweight, mask=m_c)
+        if dbias_ptr is not None:
+            tl.store(dbias_ptr + o_c, b_dbias, mask=m_c)
+        if dadd_weight_ptr is not None:
             b_dadd = tl.sum(_load_parts(part_ptr, 2, programs, o_c, C, PARTS), axis=0)
+            tl.store(dadd_weight_ptr + o_c, b_dadd, mask=m_c)
+        if dadd_bias_ptr is not None:
             o_q = tl.arange(0, PARTS)
             b_dadd_bias = tl.load(part_ptr + 3 * programs * C + o_q, mask=o_q < programs, other=0)
-            tl.store(dparameters_ptr + 2 * C + o_c, b_dadd, mask=m_c)
-            tl.store(dparameters_ptr + 3 * C, tl.sum(b_dadd_bias, axis=0))
+            tl.store(dadd_bias_ptr, tl.sum(b_dadd_bias, axis=0))
 
     b_mean, b_invstd, b_weight, b_bias = _load_affine(statistics_ptr, weight_ptr, bias_ptr, o_c, C, ACC, BLOCK_C)
     for t in range(i_q, N * blocks, programs):
@@ -372,15 +376,17 @@ def _backward(
     weight: Tensor | None,
     bias: Tensor | None,
     add_weight: Tensor | None,
+    add_bias: Tensor | None,
     statistics: Tensor,
     batch_statistics: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, channels, h, w = c.shape
     tile, programs = norm_tile(c, add_weight is not None)
     grid, common = (config.cdiv(channels, tile.block_c), programs), tile_options(c, tile)
     dr = like(dr, c) if add_weight is None else dr.contiguous()
-    dc, dparameters = _empty_gradients(dr, c, weight, bias, add_weight, statistics, batch_statistics)
-    parts = dparameters.new_empty((programs, len(dparameters)))
+    parameters = weight, bias, add_weight, add_bias
+    dc, *gradients = _empty_gradients(dr, c, *parameters, statistics, batch_statistics)
+    parts = statistics.new_empty(programs * (2 * channels if add_weight is None else 3 * channels + 1))
     dparameters_kernel[grid](dr, c, weight, bias, add_weight, statistics, parts, n, channels, h * w, **common)
     dc_kernel[grid](
         dr,
@@ -391,7 +397,7 @@ def _backward(
         statistics,
         parts,
         dc,
-        dparameters,
+        *(None if p is None else g for p, g in zip(parameters, gradients, strict=True)),
         n,
         channels,
         h * w,
@@ -399,12 +405,12 @@ def _backward(
         PARTS=config.next_power_of_2(programs),
         **common,
     )
-    return dc, dparameters
+    return dc, *gradients
 
 
-def _empty_gradients(dr, c, weight, bias, add_weight, statistics, batch_statistics):
-    parameters = 2 * c.shape[1] if add_weight is None else 3 * c.shape[1] + 1
-    return torch.empty_like(c), statistics.new_empty(parameters)
+def _empty_gradients(dr, c, weight, bias, add_weight, add_bias, statistics, batch_statistics):
+    parameters = weight, bias, add_weight, add_bias
+    return torch.empty_like(c), *(c.new_empty(0) if p is None else torch.empty_like(p) for p in parameters)
 
 
 forward_op = register(
@@ -416,7 +422,7 @@ forward_op = register(
 )
 backward_op = register(
     "batch_norm_relu_backward(Tensor dr, Tensor c, Tensor? weight, Tensor? bias, Tensor? add_weight, "
-    "Tensor statistics, bool batch_statistics) -> (Tensor, Tensor)",
+    "Tensor? add_bias, Tensor statistics, bool batch_statistics) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _empty_gradients,
 )
@@ -438,13 +444,9 @@ class _BatchNormReLU(torch.autograd.Function):
         if torch.is_grad_enabled():
             formula = _formula(ctx.batch_statistics, ctx.eps, statistics)
             return *reference_gradients(formula, (c, *parameters), (dr,)), *no_buffers_or_options
-        dc, dparameters = backward_op(dr, c, *parameters[:3], statistics, ctx.batch_statistics)
-        channels = c.shape[1]
-        gradients = dparameters.split(
-            [channels, channels] if parameters[2] is None else [channels, channels, channels, 1]
-        )
-        gradients = itertools.zip_longest(parameters, gradients)
-        return dc, *(None if p is None else g.to(p.dtype) for p, g in gradients), *no_buffers_or_options
+        dc, *gradients = backward_op(dr, c, *parameters, statistics, ctx.batch_statistics)
+        gradients = (None if p is None else g for p, g in zip(parameters, gradients, strict=True))
+        return dc, *gradients, *no_buffers_or_options
 
 
 def _formula(batch_statistics: bool, eps: float, statistics: Tensor):
@@ -462,7 +464,7 @@ def _formula(batch_statistics: bool, eps: float, statistics: Tensor):
             r = (r if bias is None else r + bias[:, None, None]).relu()
         if add_weight is not None:
             add_bias = add_bias if add_bias is None else add_bias.to(r.dtype)
-            r = F.conv2d(r, add_weight.to(r.dtype)[None, :, None, None], add_bias)
+            r = F.conv2d(r, add_weight.to(r.dtype), add_bias)
         return r.to(dtype)
 
     return formula
@@ -496,7 +498,7 @@ def batch_norm_relu(c: Tensor, norm: nn.BatchNorm2d, conv: nn.Conv2d | None = No
 
     ``norm`` and ``conv`` as :func:`is_fusable` and :func:`can_add` want them. The buffers are updated in the kernels.
     """
-    add = (None, None) if conv is None else (conv.weight.flatten(), conv.bias)
+    add = (None, None) if conv is None else (conv.weight, conv.bias)
     parameters = contiguous(norm.weight, norm.bias, *add)
     function = _BatchNormReLU.apply if needs_grad(c, *parameters) else _inference
     return function(dense(c), *parameters, *_norm.buffers(norm), *_norm.options(norm))
