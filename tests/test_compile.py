@@ -57,14 +57,22 @@ FAST = {
 }
 
 
+ROOT = os.path.dirname(os.path.dirname(__file__))
+
+
+def compiling() -> dict[str, str]:
+    """The environment of a process where Triton compiles, which it does not in this one."""
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
 def compile_rows(tmp_path, architecture: str) -> tuple[subprocess.CompletedProcess, list[dict[str, str]]]:
-    """Run the command where Triton compiles, which it does not in this process."""
+    """What the command prints, and the rows that it writes."""
     output = tmp_path / "compile.csv"
     options = [*FAST[architecture], "--architectures", architecture, "--batches", "32", "--jobs", "1"]
     process = subprocess.run(
         [sys.executable, "-m", "benchmarks", "compile", *options, "--output", output],
-        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
-        cwd=os.path.dirname(os.path.dirname(__file__)),
+        env=compiling(),
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )
@@ -87,6 +95,34 @@ def test_machine_code(architecture, tmp_path):
     if architecture == "sm_90":
         assert {row["kernel"] for row in rows} == defined_kernels()
     assert process.returncode == 0, process.stdout
+
+
+SIZES_OF_ONE = """
+from benchmarks.compile import ALL_POOLS, Case, Site, compile_all, variants
+from benchmarks.machine_code import ARCHITECTURES
+
+sites = (
+    Site("", "SE", (16, 7, 7)),  # with one hidden unit
+    Site("", "ChannelGate", (1, 7, 7), True, ALL_POOLS),
+    Site("", "CBAM", (1, 1, 1)),
+    Site("", "BAM", (16, 1, 1)),
+    Site("", "SimAM", (1, 1, 1)),
+)
+cases = [Case(site, 2, layout, "fp32") for site in sites for layout in ("contiguous", "channels_last")]
+for variant, code in compile_all([*variants(ARCHITECTURES["sm_90"], cases)], 1, False):
+    print(f"{variant}: {code}" if isinstance(code, str) else variant.name)
+"""
+
+
+def test_sizes_of_one_compile():
+    """Triton compiles an argument that is 1 in as a constant, which has other methods than a tensor."""
+    process = subprocess.run(
+        [sys.executable, "-c", SIZES_OF_ONE], env=compiling(), cwd=ROOT, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()
+    assert not [line for line in lines if ":" in line]
+    assert {"channel_gate.channel_gate", "channel_bwd.gate_bwd", "cbam.pools", "bam.dx", "simam.simam_bwd"} < {*lines}
 
 
 def defined_kernels() -> set[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # Elements of x that a program holds at once; each is a register for every accumulator that is kept lane by lane.
 TILE = 4096
@@ -133,6 +133,8 @@ def channel_plan(
     block_h = hidden_block(hidden, block_c)
     # Several kernels in one need more registers: half as many bytes a thread.
     tile = Tile.of(block_c, block_p, c if channels_last else p, itemsize, 32)
+    if hidden:  # the products of 16 x 16, the least of the MLP's, spill in fewer warps
+        tile = replace(tile, num_warps=max(tile.num_warps, 4))
     blocks, tiles = cdiv(c, block_c), cdiv(p, block_p)
     most = max(ITEM_BYTES // (block_c * block_p * itemsize), 1)
     least = max(n * blocks * tiles // (4 * multiprocessors), 1)
