@@ -42,7 +42,7 @@ from attn_kernels.ops._device import (
     store_tile,
 )
 from attn_kernels.ops._launch import channel_plan, tile_options
-from attn_kernels.ops._phases import clear, empty_scratch, mark, new_stamp, slots_pointer, wait, work_item
+from attn_kernels.ops._phases import empty_scratch, mark, mark_passed, new_stamp, slots_pointer, wait, work_item
 
 
 @triton.jit
@@ -354,14 +354,14 @@ def gate_bwd_kernel(
         slots_ptr = slots_pointer(scratch_ptr, slots)
         p_first = slots_ptr + group * (first_items + second_items)
         p_second = p_first + first_items
-        p_weights = slots_ptr + groups * (first_items + second_items)
         weight_items = tl.num_programs(0) - groups * (first_items + second_items)
-        # The hidden layers' again, since a group's slots may be cleared before others' are set; one for all of them.
-        p_hidden = p_weights + weight_items
+        # The hidden layers' again, since a group's slots may be cleared before others' are set; one for all of them;
+        # then the weights'.
+        p_hidden = slots_ptr + groups * (first_items + second_items)
         p_all = p_hidden + groups * hidden_items
         if weight_item >= 0:
             wait(p_all, 1, stamp)
-            mark(p_weights + weight_item, stamp)
+            mark_passed(p_hidden, groups * hidden_items + 1, weight_item, weight_items, stamp)
             _dweights(
                 saved_ptr, dlogit_ptr, dpre_ptr, pool_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, weight_item, N, C, H,
                 AVG, MAX, LP, LSE, ACTIVATION, BLOCK_W,
@@ -383,7 +383,7 @@ def gate_bwd_kernel(
                 mark(p_all, stamp)
         else:
             wait(p_second, hidden_items, stamp)
-            mark(p_second + item, stamp)
+            mark_passed(p_first, first_items, item, second_items, stamp)
     if (weight_item < 0) & second & (item >= hidden_items):
         i_s = (item - hidden_items) % S
         c = (item - hidden_items) // S * BLOCK_C
@@ -433,13 +433,6 @@ def gate_bwd_kernel(
                         if LSE:
                             b_dx += b_dlse[:, None] * tl.exp(b_x - b_lse[:, None])
                 store_tile(b_dx, dx_ptr, i_n, c, p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-    if saved_ptr is not None:
-        if pid == tl.num_programs(0) - 1:
-            wait(p_weights, weight_items, stamp)
-            clear(p_weights, weight_items + groups * hidden_items + 1)
-        elif (weight_item < 0) & second & (item == second_items - 1):
-            wait(p_second, second_items, stamp)
-            clear(p_first, first_items + second_items)
 
 
 def gates(

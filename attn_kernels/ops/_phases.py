@@ -99,3 +99,16 @@ def clear(slots_ptr, count):
     for i in range(0, count, 512):
         o = i + tl.arange(0, 512)
         tl.store(slots_ptr + o, 0, mask=o < count)
+
+
+@triton.jit
+def mark_passed(slots_ptr, before, item, count, stamp):
+    """By one of ``count`` items that has no more to wait for; the last one clears their slots and those before them.
+
+    It waits until the others have passed, which were there before it: here and not at its end, where what it needs for
+    this would take registers from its work.
+    """
+    mark(slots_ptr + before + item, stamp)
+    if item == count - 1:
+        wait(slots_ptr + before, count, stamp)
+        clear(slots_ptr, before + count)

@@ -37,7 +37,7 @@ from attn_kernels.ops._library import (
     register,
     unmask,
 )
-from attn_kernels.ops._phases import clear, empty_scratch, mark, new_stamp, slots_pointer, wait, work_item
+from attn_kernels.ops._phases import empty_scratch, mark, mark_passed, new_stamp, slots_pointer, wait, work_item
 from reference._common import accumulation_dtype
 from reference.cbam import channel_gate, spatial_gate
 
@@ -162,16 +162,13 @@ def pools_kernel(
             mark(p_second + item, stamp)
         else:
             wait(p_second + hidden_items, J, stamp)
-            mark(p_second + item, stamp)
+            mark_passed(p_first, first_items, item, second_items, stamp)
             i_n = (group * SAMPLES + (item - ahead) // blocks).to(tl.int64)
             if i_n < N:
                 _channel_pool(
                     x_ptr, scratch_ptr, pools_ptr, spatial_argmax_ptr, i_n, (item - ahead) % blocks * POOL_P, C, P,
                     CHANNELS_LAST, POOL_C, POOL_P,
                 )  # fmt: skip
-            if item == second_items - 1:
-                wait(p_second, second_items, stamp)
-                clear(p_first, first_items + second_items)
 
 
 @triton.jit

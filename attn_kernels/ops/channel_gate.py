@@ -46,7 +46,7 @@ from attn_kernels.ops._library import (
     register,
     unmask,
 )
-from attn_kernels.ops._phases import clear, empty_scratch, mark, new_stamp, slots_pointer, wait, work_item
+from attn_kernels.ops._phases import empty_scratch, mark, mark_passed, new_stamp, slots_pointer, wait, work_item
 from reference.cbam import POOLS
 from reference.se import GATES, mlp
 
@@ -123,7 +123,7 @@ def channel_gate_kernel(
         mark(p_second + item, stamp)
     else:
         wait(p_second, hidden_items, stamp)
-        mark(p_second + item, stamp)
+        mark_passed(p_first, first_items, item, second_items, stamp)
         i_s = (item - hidden_items) % S
         c = (item - hidden_items) // S * BLOCK_C
         b_gates = excite(
@@ -136,9 +136,6 @@ def channel_gate_kernel(
                 b_x = load_tile(x_ptr, i_n, c, p, C, P, b_gate.dtype, CHANNELS_LAST, BLOCK_C, BLOCK_P)
                 b_y = b_x * b_gate[:, None]
                 store_tail(b_y, y_ptr, residual_ptr, mask_ptr, i_n, c, p, C, P, RELU, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-        if item == second_items - 1:
-            wait(p_second, second_items, stamp)
-            clear(p_first, first_items + second_items)
 
 
 def _launch_forward(
