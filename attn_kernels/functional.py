@@ -78,6 +78,8 @@ def why_not(x: Tensor, others: Sequence[Tensor | None] = (), norm: object = None
     if type(x) not in PLAIN or not PLAIN.issuperset(map(type, others)):
         kinds = sorted({type(t).__name__ for t in (x, *others) if type(t) not in PLAIN})
         reasons.append(f"x, the residual or a parameter is a {', '.join(kinds)}, and the kernels read plain tensors")
+    if any(t is not None and t.numel() == 0 for t in others):
+        reasons.append("a parameter has no element: an MLP without hidden units")
     if forward_ad._current_level >= 0:
         reasons.append("the kernels have no forward-mode derivative")
     if torch._C._are_functorch_transforms_active():

@@ -175,6 +175,18 @@ def test_norm_of_another_kind_falls_back(device):
     torch.testing.assert_close(fused(x), eager(x))
 
 
+@pytest.mark.parametrize("name", ["se", "channel_gate"])
+def test_an_mlp_without_hidden_units_falls_back(name, device):
+    """Whose gate is that of the second layer's bias."""
+    x = _x(device).requires_grad_()
+    shapes = (0, 12), (0,), (12, 0), (12,)
+    parameters = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
+    got, want = (getattr(kit, name)(x, *parameters) for kit in (functional, reference))
+    torch.testing.assert_close(got, want)
+    dy = torch.randn_like(x)
+    torch.testing.assert_close(*(torch.autograd.grad(y, (x, parameters[3]), dy) for y in (got, want)))
+
+
 @pytest.mark.parametrize("attention", models.ATTENTIONS[1:])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_networks_agree(attention, layout, device):

@@ -492,7 +492,7 @@ def backward(
 
 def _programs(c: int, hidden: int, plan: config.ChannelPlan) -> int:
     """Work items of both phases, and blocks of weights."""
-    if not hidden:
+    if not hidden:  # there is no channel gate
         return plan.groups * plan.items
     weights = config.cdiv(c, config.WEIGHT_BLOCK) * config.cdiv(hidden, config.WEIGHT_BLOCK)
     return plan.groups * (2 * plan.items + plan.hidden_items(hidden)) + weights

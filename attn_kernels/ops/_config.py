@@ -15,7 +15,7 @@ TILE = 4096
 SECTOR = 32
 # Elements along the unit stride that a tile holds at least: one byte of the bits that a ReLU leaves.
 BYTE = 8
-# Bytes of x that a program of a ticketed launch reads at most where it can choose: what lies between the two phases of
+# Bytes of x that a program of a launch in two phases reads at most where it can choose: what lies between the phases of
 # 264 programs, those of an H100, then stays within half of its L2 (dy, x and dx: 3 x 132 x 32 KB = 13 MB).
 ITEM_BYTES = 32 * 1024
 # Elements of a gate's hidden layer that a program adds up, over 16 blocks of channels at a time.
@@ -89,7 +89,7 @@ class ChannelPlan:
     """How squeeze and excitation are divided: items of ``samples`` x ``tile.block_c`` channels x ``chunk`` pixels.
 
     A sample has ``blocks`` x ``splits`` of them; ``groups`` of samples follow one another, the first phase of a group
-    ``lead`` groups ahead of its second (see _tickets.py).
+    ``lead`` groups ahead of its second (see _phases.py).
     """
 
     tile: Tile

@@ -14,7 +14,7 @@ clears the group's slots. Nothing else leaves a stamp in memory: it has 64 bits,
 
 Memory order: all threads of a program meet (a barrier) before one of them sets its slot with release semantics, and
 after they have found others' set with acquire semantics, at the scope of the GPU (PTX memory model, causality order).
-What crosses programs is loaded past L1 (``.cg``), too.
+What crosses programs is loaded with ``.cg`` as well, which the compiler may drop where it prefetches.
 """
 
 from __future__ import annotations
