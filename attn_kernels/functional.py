@@ -70,6 +70,8 @@ def why_not(x: Tensor, others: Sequence[Tensor | None] = (), norm: object = None
     n, c, h, w = x.shape
     if n == 0:
         reasons.append("x has no element")
+    elif any(t is not None and t.numel() == 0 for t in others):
+        reasons.append("a parameter has no element: an MLP without hidden units")
     # Offsets within a sample, and within the maps of a batch, are 32 bits wide.
     if c * h * w >= 2**30:
         reasons.append("a sample of x has 2**30 elements or more")
@@ -78,8 +80,6 @@ def why_not(x: Tensor, others: Sequence[Tensor | None] = (), norm: object = None
     if type(x) not in PLAIN or not PLAIN.issuperset(map(type, others)):
         kinds = sorted({type(t).__name__ for t in (x, *others) if type(t) not in PLAIN})
         reasons.append(f"x, the residual or a parameter is a {', '.join(kinds)}, and the kernels read plain tensors")
-    if any(t is not None and t.numel() == 0 for t in others):
-        reasons.append("a parameter has no element: an MLP without hidden units")
     if forward_ad._current_level >= 0:
         reasons.append("the kernels have no forward-mode derivative")
     if torch._C._are_functorch_transforms_active():

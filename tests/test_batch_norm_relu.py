@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import library, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import attn_kernels
@@ -300,7 +300,7 @@ def test_opcheck(device):
     """Of a layer whose buffers are updated; tests/test_dispatch.py checks what modules call."""
     c, norm = torch.randn(2, 4, 3, 3, device=device), _norm(4, device)
     args = c, norm.weight.detach(), norm.bias.detach(), None, None, *norm.buffers(), True, True, 0.1, 1e-5
-    torch.library.opcheck(forward_op, args, test_utils=("test_schema", "test_faketensor"))
+    library.opcheck(forward_op, args, test_utils=("test_schema", "test_faketensor"))
     _, statistics = forward_op(*args)
     backward = torch.randn_like(c), c, *args[1:5], statistics, True
-    torch.library.opcheck(backward_op, backward, test_utils=("test_schema", "test_faketensor"))
+    library.opcheck(backward_op, backward, test_utils=("test_schema", "test_faketensor"))

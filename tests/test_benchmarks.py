@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from rich.console import Console
+from torch import library
 from triton.runtime import interpreter
 
 import attn_kernels.models
@@ -140,11 +141,11 @@ def _double(x: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def double_sum():
     """An operator of a library whose implementation launches Triton and aten, and an autograd Function above it."""
-    library = torch.library.Library("test_benchmarks", "DEF")
-    library.define("double_sum(Tensor x) -> Tensor")
-    library.impl("double_sum", lambda x: _double(x).sum(), "CPU")
-    library.define("double_sum_backward(Tensor dy, Tensor x) -> Tensor")
-    library.impl("double_sum_backward", lambda dy, x: torch.full_like(x, 2) * dy, "CPU")
+    definitions = library.Library("test_benchmarks", "DEF")
+    definitions.define("double_sum(Tensor x) -> Tensor")
+    definitions.impl("double_sum", lambda x: _double(x).sum(), "CPU")
+    definitions.define("double_sum_backward(Tensor dy, Tensor x) -> Tensor")
+    definitions.impl("double_sum_backward", lambda dy, x: torch.full_like(x, 2) * dy, "CPU")
 
     class DoubleSum(torch.autograd.Function):
         @staticmethod
@@ -157,7 +158,7 @@ def double_sum():
             return torch.ops.test_benchmarks.double_sum_backward.default(dy, *ctx.saved_tensors)
 
     yield DoubleSum.apply
-    library._destroy()
+    definitions._destroy()
 
 
 @interpreted

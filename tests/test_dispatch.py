@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import library, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attn_kernels
@@ -88,7 +88,7 @@ class _Opcheck(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         if op.namespace == "attn_kernels":
             detached = tuple(a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args)
-            torch.library.opcheck(op, detached, test_utils=("test_schema", "test_faketensor"))
+            library.opcheck(op, detached, test_utils=("test_schema", "test_faketensor"))
             self.seen.add(op.name())
         return op(*args, **(kwargs or {}))
 
@@ -173,6 +173,12 @@ def test_norm_of_another_kind_falls_back(device):
         module.spatial.bn = nn.Identity()
     x = _x(device)
     torch.testing.assert_close(fused(x), eager(x))
+
+
+def test_an_empty_batch_is_the_one_reason(device):
+    """A residual is empty with it, and no parameter is."""
+    x = _x(device)[:0]
+    assert functional.why_not(x, (x, torch.ones(1, device=device))) == ["x has no element"]
 
 
 @pytest.mark.parametrize("name", ["se", "channel_gate"])

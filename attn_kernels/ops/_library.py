@@ -1,7 +1,7 @@
 """The operator library ``torch.ops.attn_kernels`` and what every autograd Function above it needs.
 
 Host time per call decides small maps (microseconds added on a CPU build, without / with grad): an operator of
-``Library.define/impl`` called through its bound ``.default`` 1.4 / 2.2, ``torch.library.custom_op`` 10 / 20,
+``Library.define/impl`` called through its bound ``.default`` 1.4 / 2.2, PyTorch's ``custom_op`` 10 / 20,
 ``triton_op`` 12 / 20. Hence this file.
 """
 
@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 # A kernel reads the memory of these. Any other subclass (a shard, a quantised weight) has operators of its own. Under
 # torch.compile and in its fake tensors an operator is recorded, not run.
 PLAIN = frozenset((Tensor, nn.Parameter, FakeTensor, type(None)))
 
-_library = torch.library.Library("attn_kernels", "DEF")
+_library = library.Library("attn_kernels", "DEF")
 
 
 def register(schema: str, implementation: Callable, fake: Callable) -> Callable:
@@ -33,7 +33,7 @@ def register(schema: str, implementation: Callable, fake: Callable) -> Callable:
 
     _library.impl(name, on_device, "CUDA")
     _library.impl(name, implementation, "CPU")  # under the interpreter
-    torch.library.register_fake(f"attn_kernels::{name}", fake, lib=_library)
+    library.register_fake(f"attn_kernels::{name}", fake, lib=_library)
     return getattr(torch.ops.attn_kernels, name).default
 
 
