@@ -26,7 +26,18 @@ from torch import Tensor
 from attn_kernels.ops._config import ChannelPlan
 from attn_kernels.ops._device import activate, aligned, gate_value, load_tile
 from attn_kernels.ops._launch import channel_plan, tile_options
-from attn_kernels.ops._phases import clear, mark, new_stamp, wait
+from attn_kernels.ops._phases import (
+    JOIN,
+    PARTS,
+    empty_scratch,
+    launches,
+    mark,
+    new_stamp,
+    phase_item,
+    slots_pointer,
+    unless,
+    wait,
+)
 from reference._common import accumulation_dtype
 
 # A set of pools is an integer of these bits; the k-th pool is the k-th bit that is set.
@@ -84,19 +95,11 @@ def pool_pointer(saved_ptr, N, H, K: tl.constexpr):
 
 
 @triton.jit
-def forward_pointers(
-    scratch_ptr, N, C, H, J, S, K: tl.constexpr, MAX: tl.constexpr, DIVIDED: tl.constexpr
-):  # fmt: skip
-    """Where ``part``, ``stats`` and ``arg`` are; the latter two are None where planes are not divided."""
+def forward_pointers(scratch_ptr, N, C, H, J, S, K: tl.constexpr, MAX: tl.constexpr):
+    """Where ``part``, ``stats`` and ``arg`` are; the latter two only where planes are divided, and ``arg`` if MAX."""
     n = tl.cast(N, tl.int64)
-    stats_ptr = scratch_ptr + n * J * K * H
-    if DIVIDED:
-        if MAX:
-            return scratch_ptr, stats_ptr + n * S * C, stats_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-        else:
-            return scratch_ptr, stats_ptr, None
-    else:
-        return scratch_ptr, None, None
+    arg_ptr = scratch_ptr + n * J * K * H
+    return scratch_ptr, arg_ptr + n * S * C * MAX, arg_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
 
 
 @triton.jit
@@ -109,13 +112,15 @@ def _top_shift(b_top):
 def squeeze(
     x_ptr,  # (N, C, P)
     w1_ptr,  # (H, C), or None to pool only
-    stats_ptr,  # (N, S, Q, C), written, or None if S = 1: sum, maximum, sum of squares, sum of exponentials
-    arg_ptr,  # (N, S, C), written, or None if S = 1 or there is no maximum
+    stats_ptr,  # (N, S, Q, C), written if DIVIDED: sum, maximum, sum of squares, sum of exponentials
+    arg_ptr,  # (N, S, C), written if DIVIDED and there is a maximum
     pool_ptr,  # (N, L, C), written, or None: all pools, or those that backward cannot have from x at little cost
     argmax_ptr,  # (N, C), written if there is a maximum, or None
     part_ptr,  # (N, J, K, H), written, or None
-    slots_ptr,  # of the group's items of this phase
+    slots_ptr,  # of the group's items of this phase, or None where each phase is a launch
+    given_up_ptr,
     stamp,
+    phase,  # PARTS, or JOIN: x has been read, and the parts are to be added up
     group,
     item,
     N,
@@ -129,6 +134,7 @@ def squeeze(
     LSE: tl.constexpr,
     ALL: tl.constexpr,
     ACC: tl.constexpr,
+    DIVIDED: tl.constexpr,
     SAMPLES: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -149,6 +155,8 @@ def squeeze(
     m_c = o_c < C
     begin = i_s * CHUNK
     end = tl.minimum(begin + CHUNK, P)
+    if DIVIDED and slots_ptr is None:
+        end = tl.where(phase == JOIN, begin, end)
     b_avg_rows = tl.zeros([ROWS, BLOCK_C], ACC)
     b_max_rows = tl.zeros([ROWS, BLOCK_C], ACC)
     b_lp_rows = tl.zeros([ROWS, BLOCK_C], ACC)
@@ -191,29 +199,36 @@ def squeeze(
             b_exp = tl.sum(b_sum, axis=1)
 
         last = True
-        if stats_ptr is not None:
+        if DIVIDED:
             p_stats = stats_ptr + (i_n * S + i_s) * Q * C + o_c
             p_arg = i_n * S * C + o_c
+            if slots_ptr is None:
+                last = phase == JOIN
+                m_own = m_c & (phase == PARTS)
+            else:
+                last = i_s == S - 1
+                m_own = m_c
             if AVG:
-                tl.store(p_stats, b_avg, mask=m_c)
+                tl.store(p_stats, b_avg, mask=m_own)
             if TOP:
-                tl.store(p_stats + AVG * C, b_top, mask=m_c)
+                tl.store(p_stats + AVG * C, b_top, mask=m_own)
             if MAX:
-                tl.store(arg_ptr + p_arg + i_s * C, b_first, mask=m_c)
+                tl.store(arg_ptr + p_arg + i_s * C, b_first, mask=m_own)
             if LP:
-                tl.store(p_stats + (AVG + TOP) * C, b_lp, mask=m_c)
+                tl.store(p_stats + (AVG + TOP) * C, b_lp, mask=m_own)
             if LSE:
-                tl.store(p_stats + (AVG + TOP + LP) * C, b_exp, mask=m_c)
-            last = i_s == S - 1
+                tl.store(p_stats + (AVG + TOP + LP) * C, b_exp, mask=m_own)
             if last:
-                wait(slots_ptr + i_j * S, S - 1, stamp)
                 p_stats = stats_ptr + i_n * S * Q * C + o_c
                 b_avg = tl.zeros([BLOCK_C], ACC)
                 b_top = tl.full([BLOCK_C], float("-inf"), ACC)
                 b_first = tl.zeros([BLOCK_C], tl.int32)
                 b_lp = tl.zeros([BLOCK_C], ACC)
                 b_exp = tl.zeros([BLOCK_C], ACC)
-                for s in range(0, S):
+                parts = S
+                if slots_ptr is not None:
+                    parts = tl.where(wait(slots_ptr + i_j * S, S - 1, given_up_ptr, stamp), 0, S)
+                for s in range(0, parts):
                     p_s = p_stats + s * Q * C
                     if AVG:
                         b_avg += tl.load(p_s, mask=m_c, other=0, cache_modifier=".cg")
@@ -229,28 +244,31 @@ def squeeze(
                         b_lp += tl.load(p_s + (AVG + TOP) * C, mask=m_c, other=0, cache_modifier=".cg")
                 if LSE:
                     shift = _top_shift(b_top)
-                    for s in range(0, S):
+                    for s in range(0, parts):
                         p_s = p_stats + s * Q * C
                         b_s = tl.load(p_s + AVG * C, mask=m_c, other=0, cache_modifier=".cg")
                         b_e = tl.load(p_s + (AVG + TOP + LP) * C, mask=m_c, other=1, cache_modifier=".cg")
                         b_exp += b_e * tl.exp(_top_shift(b_s) - shift)
+                b_avg = unless(parts == 0, b_avg)
+                b_top = unless(parts == 0, b_top)
+                b_lp = unless(parts == 0, b_lp)
 
         if last:
-            p_pool = pool_ptr
-            if pool_ptr is not None:
-                p_pool = pool_ptr + i_n * (FIRST + LP + LSE) * C + o_c
-            p_first = p_pool if ALL else None
             if AVG:
-                b_avg_rows = _pool_done(b_avg_rows, row, b_avg / P, p_first, m_c)
+                b_avg_rows = _pool_done(b_avg_rows, row, b_avg / P, pool_ptr, i_n, o_c, 0, C, ALL, FIRST + LP + LSE)
             if MAX:
                 if argmax_ptr is not None:
                     tl.store(argmax_ptr + i_n * C + o_c, b_first, mask=m_c)
-                b_max_rows = _pool_done(b_max_rows, row, b_top, _next(p_first, AVG * C), m_c)
+                b_max_rows = _pool_done(b_max_rows, row, b_top, pool_ptr, i_n, o_c, AVG, C, ALL, FIRST + LP + LSE)
             if LP:
-                b_lp_rows = _pool_done(b_lp_rows, row, tl.sqrt(b_lp), _next(p_pool, FIRST * C), m_c)
+                b_lp_rows = _pool_done(
+                    b_lp_rows, row, tl.sqrt(b_lp), pool_ptr, i_n, o_c, FIRST, C, True, FIRST + LP + LSE
+                )
             if LSE:
                 b_lse = tl.log(b_exp) + _top_shift(b_top)
-                b_lse_rows = _pool_done(b_lse_rows, row, b_lse, _next(p_pool, (FIRST + LP) * C), m_c)
+                b_lse_rows = _pool_done(
+                    b_lse_rows, row, b_lse, pool_ptr, i_n, o_c, FIRST + LP, C, True, FIRST + LP + LSE
+                )
             if w1_ptr is not None and SAMPLES == 1:
                 _fc1(b_avg_rows, b_max_rows, b_lp_rows, b_lse_rows, w1_ptr, part_ptr, group, i_j, o_c, N, C, H, J,
                      AVG, MAX, LP, LSE, SAMPLES, BLOCK_H)  # fmt: skip
@@ -260,19 +278,11 @@ def squeeze(
 
 
 @triton.jit
-def _next(p_pool, offset):
-    if p_pool is None:
-        return None
-    else:
-        return p_pool + offset
-
-
-@triton.jit
-def _pool_done(b_rows, row, b_pool, p_pool, m_c):
-    """Stores a pool of a sample, and puts it among those of the other samples."""
-    if p_pool is not None:
-        tl.store(p_pool, b_pool, mask=m_c)
-    return put_row(b_rows, row, tl.where(m_c, b_pool, 0.0))
+def _pool_done(b_rows, row, b_pool, pool_ptr, i_n, o_c, k, C, STORED: tl.constexpr, L: tl.constexpr):
+    """Stores a pool of a sample, the k-th of L, if it is STORED, and puts it among those of the other samples."""
+    if pool_ptr is not None and STORED:
+        tl.store(pool_ptr + (i_n * L + k) * C + o_c, b_pool, mask=o_c < C)
+    return put_row(b_rows, row, tl.where(o_c < C, b_pool, 0.0))
 
 
 @triton.jit
@@ -324,6 +334,7 @@ def hidden_layer(
     part_ptr,  # (N, J, K, H)
     b1_ptr,  # (H,) or None
     pre_ptr,  # (N, K, H), written
+    given_up,
     group,
     item,
     N,
@@ -333,12 +344,12 @@ def hidden_layer(
     SAMPLES: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """pre = fc1 of the pools, BLOCK_E of its elements in a group of samples."""
+    """pre = fc1 of the pools, BLOCK_E of its elements in a group of samples; NaN where the pools were given up."""
     i_n, o_e, m = hidden_elements(group, item, N, K * H, SAMPLES, BLOCK_E)
     b_pre = sum_parts(part_ptr, i_n, o_e, m, J, K * H, part_ptr.dtype.element_ty, BLOCK_E)
     if b1_ptr is not None:
         b_pre += tl.load(b1_ptr + o_e % H, mask=m, other=0).to(b_pre.dtype)
-    tl.store(pre_ptr + i_n * K * H + o_e, b_pre, mask=m)
+    tl.store(pre_ptr + i_n * K * H + o_e, unless(given_up, b_pre), mask=m)
 
 
 @triton.jit
@@ -347,6 +358,7 @@ def excite(
     w2_ptr,  # (C, H)
     b2_ptr,  # (C,) or None
     gate_ptr,  # (N, C), written, or None
+    given_up,
     group,
     c,
     N,
@@ -359,7 +371,7 @@ def excite(
     BLOCK_C: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """[ROWS, BLOCK_C] gates of the channels from c on of a group of samples."""
+    """[ROWS, BLOCK_C] gates of the channels from c on of a group of samples; NaN where ``pre`` was given up."""
     ROWS: tl.constexpr = 16 if SAMPLES > 1 else 1
     ACC: tl.constexpr = pre_ptr.dtype.element_ty
     o_c = c + tl.arange(0, BLOCK_C)
@@ -376,21 +388,22 @@ def excite(
         b_logit += product(b_hidden, load_weight(w2_ptr, o_c, o_h, C, H, ACC))
     if b2_ptr is not None:
         b_logit += K * tl.load(b2_ptr + o_c, mask=o_c < C, other=0).to(ACC)[None, :]
-    b_gate = gate_value(b_logit, GATE)
+    b_gate = unless(given_up, gate_value(b_logit, GATE))
     if gate_ptr is not None:
         tl.store(gate_ptr + o_n * C + o_c[None, :], b_gate, mask=m_n & (o_c < C)[None, :])
     return b_gate
 
 
-@triton.jit(do_not_specialize=["stamp"])
+@triton.jit(do_not_specialize=["slots", "stamp", "phase", "N"])
 def squeeze_kernel(
     x_ptr,  # (N, C, P)
-    stats_ptr,  # (N, S, Q, C), written, or None if S = 1
-    arg_ptr,  # (N, S, C), written, or None
     pool_ptr,  # (N, K, C), written
     argmax_ptr,  # (N, C), written if MAX
-    slots_ptr,  # (N, J, S), or None if S = 1
+    scratch_ptr,  # arg and stats of forward_pointers, written, or None if planes are not divided
+    slots,  # where they begin in scratch
     stamp,
+    phase,
+    N,
     C,
     P,
     CHUNK,
@@ -398,6 +411,7 @@ def squeeze_kernel(
     MAX: tl.constexpr,
     LP: tl.constexpr,
     LSE: tl.constexpr,
+    SINGLE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -405,22 +419,31 @@ def squeeze_kernel(
 ):
     """The pools alone."""
     C, P = aligned(C, P, UNIT, CHANNELS_LAST)
+    ACC: tl.constexpr = pool_ptr.dtype.element_ty
+    DIVIDED: tl.constexpr = scratch_ptr is not None
+    J = tl.cdiv(C, BLOCK_C)
     S = tl.cdiv(P, CHUNK)
-    items = tl.cdiv(C, BLOCK_C) * S
-    pid = tl.program_id(0)
-    p_slots = slots_ptr
-    if slots_ptr is not None:
-        p_slots = slots_ptr + pid // items * items
+    stats_ptr = None
+    arg_ptr = None
+    given_up_ptr = None
+    p_slots = None
+    if DIVIDED:
+        _, stats_ptr, arg_ptr = forward_pointers(scratch_ptr, N, C, 0, J, S, 0, MAX)
+    if SINGLE:
+        group = tl.program_id(0) // (J * S)
+        item = tl.program_id(0) % (J * S)
+        if DIVIDED:
+            given_up_ptr = slots_pointer(scratch_ptr, slots)
+            p_slots = given_up_ptr + 1 + group * J * S
+    else:
+        _, group, item = phase_item(tl.program_id(0), phase, S, J * S, 0, 0, 0)
     squeeze(
-        x_ptr, None, stats_ptr, arg_ptr, pool_ptr, argmax_ptr, None, p_slots, stamp,
-        pid // items, pid % items, tl.num_programs(0) // items, C, P, 1, CHUNK,
-        AVG, MAX, LP, LSE, True, pool_ptr.dtype.element_ty, 1, CHANNELS_LAST, BLOCK_C, BLOCK_P, 16,
+        x_ptr, None, stats_ptr, arg_ptr, pool_ptr, argmax_ptr, None, p_slots, given_up_ptr, stamp, phase,
+        group, item, N, C, P, 1, CHUNK,
+        AVG, MAX, LP, LSE, True, ACC, DIVIDED, 1, CHANNELS_LAST, BLOCK_C, BLOCK_P, 16,
     )  # fmt: skip
-    if slots_ptr is not None:
-        if pid % S == S - 1:
-            clear(slots_ptr + pid - (S - 1), S - 1)
-        else:
-            mark(slots_ptr + pid, stamp)
+    if SINGLE and DIVIDED:
+        mark(p_slots + item, stamp)
 
 
 def pool_bits(pool_types: Sequence[str]) -> int:
@@ -453,25 +476,28 @@ def pool(x: Tensor, pools: int) -> tuple[Tensor, Tensor]:
     plan = channel_plan(x, 0)
     values = x.new_empty((n, pool_count(pools), c), dtype=accumulation_dtype(x))
     argmax = empty_argmax(x, pools)
-    stats = arg = slots = None
+    scratch = slots = None
     if plan.splits > 1:
-        stats = values.new_empty((n, plan.splits, stats_count(pools), c))
-        arg = x.new_empty((n, plan.splits, c), dtype=torch.int32) if pools & 2 else None
-        slots = x.new_empty((n, plan.items), dtype=torch.int64)
-    squeeze_kernel[(n * plan.items,)](
-        x,
-        stats,
-        arg,
-        values,
-        argmax,
-        slots,
-        new_stamp(),
-        c,
-        h * w,
-        plan.chunk,
-        **pool_flags(pools),
-        **tile_options(x, plan.tile),
-    )
+        slot_count = 1 + n * plan.items if plan.single_launch else 0
+        scratch, slots = empty_scratch(x, scratch_size(x, 0, pools, plan), slot_count)
+    stamp = new_stamp()
+    for phase, programs in launches(plan.single_launch, n * plan.items, n * plan.joins):
+        squeeze_kernel[(programs,)](
+            x,
+            values,
+            argmax,
+            scratch,
+            slots,
+            stamp,
+            phase,
+            n,
+            c,
+            h * w,
+            plan.chunk,
+            **pool_flags(pools),
+            SINGLE=plan.single_launch,
+            **tile_options(x, plan.tile),
+        )
     return values, argmax
 
 

@@ -42,7 +42,20 @@ from attn_kernels.ops._device import (
     store_tile,
 )
 from attn_kernels.ops._launch import channel_plan, tile_options
-from attn_kernels.ops._phases import empty_scratch, mark, mark_passed, new_stamp, slots_pointer, wait, work_item
+from attn_kernels.ops._phases import (
+    JOIN,
+    PARTS,
+    WEIGHTS,
+    empty_scratch,
+    launches,
+    mark,
+    new_stamp,
+    phase_item,
+    slots_pointer,
+    unless,
+    wait,
+    work_item,
+)
 
 
 @triton.jit
@@ -72,18 +85,22 @@ def scratch_pointers(scratch_ptr, N, C, H, AVG: tl.constexpr, MAX: tl.constexpr,
 
 @triton.jit
 def _sum_planes(
-    dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, argmax_ptr, pool_ptr, stats_ptr, slots_ptr, stamp,
-    i_n, i_j, i_s, C, P, CHUNK, AVG: tl.constexpr, MAX: tl.constexpr, ACC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, argmax_ptr, pool_ptr, stats_ptr, slots_ptr, given_up_ptr,
+    stamp, phase, i_n, i_j, i_s, C, P, CHUNK, AVG: tl.constexpr, MAX: tl.constexpr, ACC: tl.constexpr,
+    DIVIDED: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """sum_p dy * x, and the average and the maximum of x, of a work item's part of a sample; whether they are whole."""
     S = tl.cdiv(P, CHUNK)
     c = i_j * BLOCK_C
     o_c = c + tl.arange(0, BLOCK_C)
     m_c = o_c < C
+    begin = i_s * CHUNK
+    end = tl.minimum(begin + CHUNK, P)
+    if DIVIDED and slots_ptr is None:
+        end = tl.where(phase == JOIN, begin, end)
     b_sum = tl.zeros([BLOCK_C, BLOCK_P], ACC)
     b_avg_sum = tl.zeros([BLOCK_C, BLOCK_P], ACC)
-    for p in range(i_s * CHUNK, tl.minimum(i_s * CHUNK + CHUNK, P), BLOCK_P):
+    for p in range(begin, end, BLOCK_P):
         b_dy = load_tail_grad(dy_ptr, mask_ptr, None, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
         b_x = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
         o_p = p + tl.arange(0, BLOCK_P)
@@ -93,20 +110,29 @@ def _sum_planes(
     b_dgate = tl.sum(b_sum, axis=1)
     b_avg = tl.sum(b_avg_sum, axis=1)
     last = True
-    if stats_ptr is not None:
+    if DIVIDED:
         p_stats = stats_ptr + i_n * S * (1 + AVG) * C + o_c
-        tl.store(p_stats + i_s * (1 + AVG) * C, b_dgate, mask=m_c)
+        if slots_ptr is None:
+            last = phase == JOIN
+            m_own = m_c & (phase == PARTS)
+        else:
+            last = i_s == S - 1
+            m_own = m_c
+        tl.store(p_stats + i_s * (1 + AVG) * C, b_dgate, mask=m_own)
         if AVG:
-            tl.store(p_stats + (i_s * 2 + 1) * C, b_avg, mask=m_c)
-        last = i_s == S - 1
+            tl.store(p_stats + (i_s * 2 + 1) * C, b_avg, mask=m_own)
         if last:
-            wait(slots_ptr + i_j * S, S - 1, stamp)
+            parts = S
+            if slots_ptr is not None:
+                parts = tl.where(wait(slots_ptr + i_j * S, S - 1, given_up_ptr, stamp), 0, S)
             b_dgate = tl.zeros([BLOCK_C], ACC)
             b_avg = tl.zeros([BLOCK_C], ACC)
-            for s in range(0, S):
+            for s in range(0, parts):
                 b_dgate += tl.load(p_stats + s * (1 + AVG) * C, mask=m_c, other=0, cache_modifier=".cg")
                 if AVG:
                     b_avg += tl.load(p_stats + (s * 2 + 1) * C, mask=m_c, other=0, cache_modifier=".cg")
+            b_dgate = unless(parts == 0, b_dgate)
+            b_avg = unless(parts == 0, b_avg)
     if last:
         p_pool = pool_ptr + i_n * (AVG + MAX) * C + o_c
         if AVG:
@@ -121,10 +147,10 @@ def _sum_planes(
 @triton.jit
 def _dgate(
     dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, w2_ptr, b2_ptr, pre_ptr, argmax_ptr, gate_ptr,
-    dlogit_ptr, pool_ptr, dpart_ptr, stats_ptr, slots_ptr, stamp, group, item, N, C, P, H, CHUNK,
+    dlogit_ptr, pool_ptr, dpart_ptr, stats_ptr, slots_ptr, given_up_ptr, stamp, phase, group, item, N, C, P, H, CHUNK,
     AVG: tl.constexpr, MAX: tl.constexpr, K: tl.constexpr, ACTIVATION: tl.constexpr, GATE: tl.constexpr,
-    SAMPLES: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    DIVIDED: tl.constexpr, SAMPLES: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """dlogit[c] = gate' * sum_p dy * x, fc2[c, :]^T @ dlogit[c] and the pools of a work item. Reads dy and x."""
     ACC: tl.constexpr = gate_ptr.dtype.element_ty
@@ -138,7 +164,8 @@ def _dgate(
     if SAMPLES == 1:
         b_dgate, last = _sum_planes(
             dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, argmax_ptr, pool_ptr, stats_ptr, slots_ptr,
-            stamp, tl.cast(group, tl.int64), i_j, i_s, C, P, CHUNK, AVG, MAX, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P,
+            given_up_ptr, stamp, phase, tl.cast(group, tl.int64), i_j, i_s, C, P, CHUNK, AVG, MAX, ACC, DIVIDED,
+            CHANNELS_LAST, BLOCK_C, BLOCK_P,
         )  # fmt: skip
         b_dgates = tl.expand_dims(b_dgate, 0)
     else:
@@ -146,9 +173,9 @@ def _dgate(
         b_dgates = tl.zeros([ROWS, BLOCK_C], ACC)
         for row in range(0, tl.minimum(SAMPLES, N - group * SAMPLES)):
             b_dgate, _ = _sum_planes(
-                dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, argmax_ptr, pool_ptr, None, slots_ptr,
-                stamp, tl.cast(group * SAMPLES + row, tl.int64), i_j, i_s, C, P, CHUNK, AVG, MAX, ACC,
-                CHANNELS_LAST, BLOCK_C, BLOCK_P,
+                dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, argmax_ptr, pool_ptr, None, None,
+                None, stamp, phase, tl.cast(group * SAMPLES + row, tl.int64), i_j, i_s, C, P, CHUNK, AVG, MAX, ACC,
+                False, CHANNELS_LAST, BLOCK_C, BLOCK_P,
             )  # fmt: skip
             b_dgates = put_row(b_dgates, row, b_dgate)
     if last:
@@ -158,7 +185,22 @@ def _dgate(
         m = m_n[:, None] & m_c[None, :]
         if spatial_ptr is None:
             b_gates = excite(
-                pre_ptr, w2_ptr, b2_ptr, gate_ptr, group, c, N, C, H, K, ACTIVATION, GATE, SAMPLES, BLOCK_C, BLOCK_H
+                pre_ptr,
+                w2_ptr,
+                b2_ptr,
+                gate_ptr,
+                False,
+                group,
+                c,
+                N,
+                C,
+                H,
+                K,
+                ACTIVATION,
+                GATE,
+                SAMPLES,
+                BLOCK_C,
+                BLOCK_H,
             )
         else:  # needed earlier, by the spatial gate's backward, and therefore there already
             b_gates = tl.load(gate_ptr + p_gate, mask=m, other=0)
@@ -183,12 +225,12 @@ def _fc2(
 
 @triton.jit
 def _hidden_grad(
-    dpart_ptr, pre_ptr, dpre_ptr, group, item, N, H, J, K: tl.constexpr, ACTIVATION: tl.constexpr,
+    dpart_ptr, pre_ptr, dpre_ptr, given_up, group, item, N, H, J, K: tl.constexpr, ACTIVATION: tl.constexpr,
     SAMPLES: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """dpre = act' * fc2^T @ dlogit for every pool, BLOCK_E elements of a group of samples."""
     i_n, o_h, m = hidden_elements(group, item, N, H, SAMPLES, BLOCK_E)
-    b_dhidden = sum_parts(dpart_ptr, i_n, o_h, m, J, H, dpart_ptr.dtype.element_ty, BLOCK_E)
+    b_dhidden = unless(given_up, sum_parts(dpart_ptr, i_n, o_h, m, J, H, dpart_ptr.dtype.element_ty, BLOCK_E))
     for k in tl.static_range(K):
         o_pre = (i_n * K + k) * H + o_h
         b_pre = tl.load(pre_ptr + o_pre, mask=m, other=0)
@@ -197,7 +239,7 @@ def _hidden_grad(
 
 @triton.jit
 def _dpool(
-    dpre_ptr, w1_ptr, group, k, o_c, N, C, H, K: tl.constexpr, ACC: tl.constexpr, SAMPLES: tl.constexpr,
+    dpre_ptr, w1_ptr, given_up, group, k, o_c, N, C, H, K: tl.constexpr, ACC: tl.constexpr, SAMPLES: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """[ROWS, BLOCK_C] gradients of the k-th pool of a group of samples: fc1^T @ dpre_k."""
@@ -210,13 +252,14 @@ def _dpool(
         pointers = dpre_ptr + (o_n * K + k) * H + o_h[None, :]
         b_dpre = tl.load(pointers, mask=m_n & (o_h < H)[None, :], other=0, cache_modifier=".cg")
         b_dpool += product(b_dpre, tl.trans(load_weight(w1_ptr, o_h, o_c, H, C, ACC)))
-    return b_dpool
+    return unless(given_up, b_dpool)
 
 
 @triton.jit
 def _dweights(
-    saved_ptr, dlogit_ptr, dpre_ptr, pool_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, item, N, C, H, AVG: tl.constexpr,
-    MAX: tl.constexpr, LP: tl.constexpr, LSE: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
+    saved_ptr, dlogit_ptr, dpre_ptr, pool_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, given_up, item, N, C, H,
+    AVG: tl.constexpr, MAX: tl.constexpr, LP: tl.constexpr, LSE: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dw2 = dlogit^T @ hidden, dw1 = dpre^T @ pool, and the biases' sums, of a block of C x H; samples in order."""
     ACC: tl.constexpr = saved_ptr.dtype.element_ty
@@ -253,10 +296,10 @@ def _dweights(
             b_dw1 += tl.dot(b_pool, b_dpre, input_precision="ieee", out_dtype=ACC)
         b_dw2 += tl.dot(b_dlogit, b_hidden, input_precision="ieee", out_dtype=ACC)
     m_ch = m_c[:, None] & m_h[None, :]
-    tl.store(dw1_ptr + o_h[None, :] * C + o_c[:, None], b_dw1, mask=m_ch)
-    tl.store(dw2_ptr + o_c[:, None] * H + o_h[None, :], b_dw2, mask=m_ch)
-    tl.store(db1_ptr + o_h, b_db1, mask=m_h & (i_c == 0))
-    tl.store(db2_ptr + o_c, K * b_db2, mask=m_c & (i_h == 0))
+    tl.store(dw1_ptr + o_h[None, :] * C + o_c[:, None], unless(given_up, b_dw1), mask=m_ch)
+    tl.store(dw2_ptr + o_c[:, None] * H + o_h[None, :], unless(given_up, b_dw2), mask=m_ch)
+    tl.store(db1_ptr + o_h, unless(given_up, b_db1), mask=m_h & (i_c == 0))
+    tl.store(db2_ptr + o_c, unless(given_up, K * b_db2), mask=m_c & (i_h == 0))
 
 
 @triton.jit
@@ -279,12 +322,12 @@ def gates_kernel(
     J = tl.cdiv(C, BLOCK_C)
     pid = tl.program_id(0)
     excite(
-        pre_ptr, w2_ptr, b2_ptr, gate_ptr, pid // J, pid % J * BLOCK_C, N, C, H,
+        pre_ptr, w2_ptr, b2_ptr, gate_ptr, False, pid // J, pid % J * BLOCK_C, N, C, H,
         K, ACTIVATION, GATE, SAMPLES, BLOCK_C, BLOCK_H,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["slots", "stamp", "N", "groups", "lead"])
+@triton.jit(do_not_specialize=["slots", "stamp", "phase", "N", "groups", "lead"])
 def gate_bwd_kernel(
     dy_ptr,  # (N, C, P)
     mask_ptr,  # bits of the ReLU, or None
@@ -299,6 +342,7 @@ def gate_bwd_kernel(
     scratch_ptr,  # gate (N, C), behind a spatial gate read, else written; all of scratch_pointers, and stats, written
     slots,  # where they begin in scratch
     stamp,
+    phase,  # in a launch of one
     dx_ptr,  # (N, C, P), written
     dresidual_ptr,  # (N, C, P), written, or None
     dw1_ptr,  # (H, C), written
@@ -318,6 +362,7 @@ def gate_bwd_kernel(
     LSE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATE: tl.constexpr,
+    SINGLE: tl.constexpr,
     DIVIDED: tl.constexpr,
     SAMPLES: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -336,54 +381,59 @@ def gate_bwd_kernel(
     S = tl.cdiv(P, CHUNK)
     pid = tl.program_id(0)
     first_items = J * S
+    given_up = phase < 0  # no
     if saved_ptr is None:
         hidden_items = 0
-        second_items = first_items
         weight_item = -1
-        second, group, item = work_item(pid, groups, 0, 0, second_items, 0)
+        second, group, item = work_item(pid, groups, 0, 0, first_items, 0)
     else:
         hidden_items = tl.cdiv(SAMPLES * H, BLOCK_E)
         second_items = hidden_items + first_items
-        # Behind the second phase of the last group come the weights, which wait for the hidden layer of all.
-        weight_item = pid - groups * (first_items + second_items)
-        second, group, item = work_item(pid, groups, lead, first_items, second_items, hidden_items)
         dlogit_ptr, dpre_ptr, pool_ptr, dpart_ptr = scratch_pointers(scratch_ptr, N, C, H, AVG, MAX, K)
-        stats_ptr = None
-        if DIVIDED:
-            stats_ptr = dpart_ptr + tl.cast(N, tl.int64) * J * H  # (N, S, 1 + AVG, C)
-        slots_ptr = slots_pointer(scratch_ptr, slots)
-        p_first = slots_ptr + group * (first_items + second_items)
-        p_second = p_first + first_items
-        weight_items = tl.num_programs(0) - groups * (first_items + second_items)
-        # The hidden layers' again, since a group's slots may be cleared before others' are set; one for all of them;
-        # then the weights'.
-        p_hidden = slots_ptr + groups * (first_items + second_items)
-        p_all = p_hidden + groups * hidden_items
+        stats_ptr = dpart_ptr + tl.cast(N, tl.int64) * J * H  # (N, S, 1 + AVG, C), if planes are divided
+        p_first = None
+        given_up_ptr = None
+        if SINGLE:
+            # Behind the second phase of the last group come the weights, which wait for the hidden layer of all.
+            weight_item = pid - groups * (first_items + second_items)
+            second, group, item = work_item(pid, groups, lead, first_items, second_items, hidden_items)
+            given_up_ptr = slots_pointer(scratch_ptr, slots)
+            p_first = given_up_ptr + 1 + group * first_items
+            p_hidden = given_up_ptr + 1 + groups * first_items
+            p_all = p_hidden + groups * hidden_items  # one for all of them
+        else:
+            weight_item = tl.where(phase == WEIGHTS, pid, -1)
+            second, group, item = phase_item(pid, phase, S, first_items, hidden_items, hidden_items, second_items)
         if weight_item >= 0:
-            wait(p_all, 1, stamp)
-            mark_passed(p_hidden, groups * hidden_items + 1, weight_item, weight_items, stamp)
+            if SINGLE:
+                given_up = wait(p_all, 1, given_up_ptr, stamp)
             _dweights(
-                saved_ptr, dlogit_ptr, dpre_ptr, pool_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, weight_item, N, C, H,
-                AVG, MAX, LP, LSE, ACTIVATION, BLOCK_W,
+                saved_ptr, dlogit_ptr, dpre_ptr, pool_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, given_up, weight_item,
+                N, C, H, AVG, MAX, LP, LSE, ACTIVATION, BLOCK_W,
             )  # fmt: skip
         elif not second:
             _dgate(
                 dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, w2_ptr, b2_ptr, saved_ptr, argmax_ptr,
-                scratch_ptr, dlogit_ptr, pool_ptr, dpart_ptr, stats_ptr, p_first, stamp, group, item,
-                N, C, P, H, CHUNK, AVG, MAX, K, ACTIVATION, GATE, SAMPLES, CHANNELS_LAST, BLOCK_C, BLOCK_P, BLOCK_H,
+                scratch_ptr, dlogit_ptr, pool_ptr, dpart_ptr, stats_ptr, p_first, given_up_ptr, stamp, phase,
+                group, item, N, C, P, H, CHUNK,
+                AVG, MAX, K, ACTIVATION, GATE, DIVIDED, SAMPLES, CHANNELS_LAST, BLOCK_C, BLOCK_P, BLOCK_H,
             )  # fmt: skip
-            mark(p_first + item, stamp)
+            if SINGLE:
+                mark(p_first + item, stamp)
         elif item < hidden_items:
-            wait(p_first, first_items, stamp)
-            _hidden_grad(dpart_ptr, saved_ptr, dpre_ptr, group, item, N, H, J, K, ACTIVATION, SAMPLES, BLOCK_E)
-            mark(p_second + item, stamp)
-            mark(p_hidden + group * hidden_items + item, stamp)
-            if (group == groups - 1) & (item == hidden_items - 1):
-                wait(p_hidden, groups * hidden_items, stamp)
-                mark(p_all, stamp)
-        else:
-            wait(p_second, hidden_items, stamp)
-            mark_passed(p_first, first_items, item, second_items, stamp)
+            if SINGLE:
+                given_up = wait(p_first, first_items, given_up_ptr, stamp)
+            _hidden_grad(
+                dpart_ptr, saved_ptr, dpre_ptr, given_up, group, item, N, H, J, K, ACTIVATION, SAMPLES, BLOCK_E
+            )
+            if SINGLE:
+                mark(p_hidden + group * hidden_items + item, stamp)
+                if (group == groups - 1) & (item == hidden_items - 1):
+                    given_up = wait(p_hidden, groups * hidden_items, given_up_ptr, stamp)
+                    if not given_up:
+                        mark(p_all, stamp)
+        elif SINGLE:
+            given_up = wait(p_hidden + group * hidden_items, hidden_items, given_up_ptr, stamp)
     if (weight_item < 0) & second & (item >= hidden_items):
         i_s = (item - hidden_items) % S
         c = (item - hidden_items) // S * BLOCK_C
@@ -391,17 +441,19 @@ def gate_bwd_kernel(
         m_c = o_c < C
         if saved_ptr is not None:
             if AVG:
-                b_davgs = _dpool(dpre_ptr, w1_ptr, group, 0, o_c, N, C, H, K, ACC, SAMPLES, BLOCK_H) / P
+                b_davgs = _dpool(dpre_ptr, w1_ptr, given_up, group, 0, o_c, N, C, H, K, ACC, SAMPLES, BLOCK_H) / P
             if MAX:
-                b_dmaxs = _dpool(dpre_ptr, w1_ptr, group, AVG, o_c, N, C, H, K, ACC, SAMPLES, BLOCK_H)
+                b_dmaxs = _dpool(dpre_ptr, w1_ptr, given_up, group, AVG, o_c, N, C, H, K, ACC, SAMPLES, BLOCK_H)
             if LP:
-                b_dlps = _dpool(dpre_ptr, w1_ptr, group, AVG + MAX, o_c, N, C, H, K, ACC, SAMPLES, BLOCK_H)
+                b_dlps = _dpool(dpre_ptr, w1_ptr, given_up, group, AVG + MAX, o_c, N, C, H, K, ACC, SAMPLES, BLOCK_H)
             if LSE:
-                b_dlses = _dpool(dpre_ptr, w1_ptr, group, AVG + MAX + LP, o_c, N, C, H, K, ACC, SAMPLES, BLOCK_H)
+                b_dlses = _dpool(
+                    dpre_ptr, w1_ptr, given_up, group, AVG + MAX + LP, o_c, N, C, H, K, ACC, SAMPLES, BLOCK_H
+                )
         for row in range(0, tl.minimum(SAMPLES, N - group * SAMPLES)):
             i_n = tl.cast(group * SAMPLES + row, tl.int64)
             if saved_ptr is not None:
-                b_gate = tl.load(scratch_ptr + i_n * C + o_c, mask=m_c, other=0, cache_modifier=".cg")
+                b_gate = unless(given_up, tl.load(scratch_ptr + i_n * C + o_c, mask=m_c, other=0, cache_modifier=".cg"))
                 p_pool = pool_pointer(saved_ptr, N, H, K) + i_n * (LP + LSE) * C + o_c
                 if AVG:
                     b_davg = get_row(b_davgs, row)
@@ -490,12 +542,18 @@ def backward(
     return dx, dresidual, *dweights
 
 
-def _programs(c: int, hidden: int, plan: config.ChannelPlan) -> int:
-    """Work items of both phases, and blocks of weights."""
+def _programs(c: int, hidden: int, plan: config.ChannelPlan) -> dict[str, int]:
+    """The programs of each phase."""
+    parts = plan.groups * plan.items
     if not hidden:  # there is no channel gate
-        return plan.groups * plan.items
-    weights = config.cdiv(c, config.WEIGHT_BLOCK) * config.cdiv(hidden, config.WEIGHT_BLOCK)
-    return plan.groups * (2 * plan.items + plan.hidden_items(hidden)) + weights
+        return {"parts": parts, "join": 0}
+    return {
+        "parts": parts,
+        "join": plan.groups * plan.joins,
+        "hidden": plan.groups * plan.hidden_items(hidden),
+        "rest": parts,
+        "weights": config.cdiv(c, config.WEIGHT_BLOCK) * config.cdiv(hidden, config.WEIGHT_BLOCK),
+    }
 
 
 def _empty_scratch(x: Tensor, hidden: int, pools: int, plan: config.ChannelPlan) -> tuple[Tensor, int]:
@@ -504,7 +562,8 @@ def _empty_scratch(x: Tensor, hidden: int, pools: int, plan: config.ChannelPlan)
     stats = plan.splits * (1 + (pools & 1)) * c if plan.splits > 1 else 0
     computed = 2 + pool_count(pools) - kept_count(pools)
     elements = n * (computed * c + (pool_count(pools) + plan.blocks) * hidden + stats)
-    return empty_scratch(x, elements, _programs(c, hidden, plan) + plan.groups * plan.hidden_items(hidden) + 1)
+    slots = 2 + plan.groups * (plan.items + plan.hidden_items(hidden)) if plan.single_launch else 0
+    return empty_scratch(x, elements, slots)
 
 
 def launch_dx(
@@ -526,34 +585,38 @@ def launch_dx(
     plan = channel_plan(x, hidden)
     dx = torch.empty_like(x)
     dresidual = torch.empty_like(x) if need_dresidual else None
-    gate_bwd_kernel[(_programs(c, hidden, plan),)](
-        dy,
-        mask,
-        x,
-        spatial,
-        spatial_argmax,
-        *channel,
-        new_stamp(),
-        dx,
-        dresidual,
-        *dweights,
-        n,
-        plan.groups,
-        plan.lead,
-        c,
-        h * w,
-        hidden,
-        plan.chunk,
-        **pool_flags(pools),
-        ACTIVATION=activation,
-        GATE=gate_name,
-        DIVIDED=plan.splits > 1,
-        SAMPLES=plan.samples,
-        BLOCK_H=plan.block_h,
-        BLOCK_E=config.HIDDEN_ELEMENTS,
-        BLOCK_W=config.WEIGHT_BLOCK,
-        **tile_options(x, plan.tile),
-        num_stages=1,  # prefetching the weights spills
-        maxnreg=128,
-    )
+    stamp = new_stamp()
+    for phase, programs in launches(plan.single_launch, **_programs(c, hidden, plan)):
+        gate_bwd_kernel[(programs,)](
+            dy,
+            mask,
+            x,
+            spatial,
+            spatial_argmax,
+            *channel,
+            stamp,
+            phase,
+            dx,
+            dresidual,
+            *dweights,
+            n,
+            plan.groups,
+            plan.lead,
+            c,
+            h * w,
+            hidden,
+            plan.chunk,
+            **pool_flags(pools),
+            ACTIVATION=activation,
+            GATE=gate_name,
+            SINGLE=plan.single_launch,
+            DIVIDED=plan.splits > 1,
+            SAMPLES=plan.samples,
+            BLOCK_H=plan.block_h,
+            BLOCK_E=config.HIDDEN_ELEMENTS,
+            BLOCK_W=config.WEIGHT_BLOCK,
+            **tile_options(x, plan.tile),
+            num_stages=1,  # prefetching the weights spills
+            maxnreg=128,
+        )
     return dx, dresidual

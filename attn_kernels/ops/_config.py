@@ -89,7 +89,7 @@ class ChannelPlan:
     """How squeeze and excitation are divided: items of ``samples`` x ``tile.block_c`` channels x ``chunk`` pixels.
 
     A sample has ``blocks`` x ``splits`` of them; ``groups`` of samples follow one another, the first phase of a group
-    ``lead`` groups ahead of its second (see _phases.py).
+    ``lead`` groups ahead of its second, in a ``single_launch`` or in one for each phase (see _phases.py).
     """
 
     tile: Tile
@@ -100,11 +100,17 @@ class ChannelPlan:
     groups: int
     lead: int
     block_h: int
+    single_launch: bool
 
     @property
     def items(self) -> int:
         """Of a group, in each phase."""
         return self.blocks * self.splits
+
+    @property
+    def joins(self) -> int:
+        """Divided planes of a group, by blocks of channels."""
+        return self.blocks if self.splits > 1 else 0
 
     def hidden_items(self, elements: int) -> int:
         """Of a group, between the phases: they add up a hidden layer of ``elements`` a sample."""
@@ -113,7 +119,14 @@ class ChannelPlan:
 
 @functools.lru_cache
 def channel_plan(
-    n: int, c: int, p: int, hidden: int, itemsize: int, channels_last: bool, multiprocessors: int
+    n: int,
+    c: int,
+    p: int,
+    hidden: int,
+    itemsize: int,
+    channels_last: bool,
+    multiprocessors: int,
+    single_launch: bool = True,
 ) -> ChannelPlan:
     """For the channel gate, whose MLP has ``hidden`` units; 0 where there is none."""
     tile = plane_tile(n, c, p, itemsize, channels_last, multiprocessors, True)
@@ -144,7 +157,7 @@ def channel_plan(
     group_bytes = samples * c * p * itemsize
     ahead = min(multiprocessors // (blocks * splits), 2 * multiprocessors * ITEM_BYTES // group_bytes)
     lead = min(max(ahead, 1), groups)
-    return ChannelPlan(tile, samples, chunk, splits, blocks, groups, lead, block_h)
+    return ChannelPlan(tile, samples, chunk, splits, blocks, groups, lead, block_h, single_launch)
 
 
 @functools.lru_cache

@@ -1,14 +1,21 @@
-"""Launch configuration of a tensor: ``_config``'s pure functions, asked for a tensor's shape, layout and device."""
+"""Launch configuration of a tensor: ``_config``'s pure functions, asked for a tensor's shape, layout and device.
+
+With ``ATTN_KERNELS_SINGLE_LAUNCH=0`` in the environment no program waits for another: each phase of a launch is one of
+its own. The variable is read once, when this module is imported.
+"""
 
 from __future__ import annotations
 
 import functools
+import os
 
 import torch
 from torch import Tensor
 
 from attn_kernels.ops import _config as config
 from attn_kernels.ops._library import is_channels_last
+
+SINGLE_LAUNCH = os.environ.get("ATTN_KERNELS_SINGLE_LAUNCH", "1") != "0"
 
 
 @functools.lru_cache
@@ -49,10 +56,21 @@ def tile_options(x: Tensor, tile: config.Tile) -> dict[str, int]:
     }
 
 
+def gate_options(plan: config.ChannelPlan) -> dict[str, int]:
+    """Triton's options for the forward of a channel gate.
+
+    With several samples a program the loads of ``pre``, which cross programs, are those of a loop that Triton would
+    prefetch by cp.async through L1, which the memory model does not order.
+    """
+    return {"num_stages": 1 if plan.samples > 1 else 3, "maxnreg": 128}
+
+
 def channel_plan(x: Tensor, hidden: int) -> config.ChannelPlan:
     """For the channel gate of x."""
     n, c, h, w = x.shape
-    return config.channel_plan(n, c, h * w, hidden, x.element_size(), is_channels_last(x), multiprocessors(x))
+    return config.channel_plan(
+        n, c, h * w, hidden, x.element_size(), is_channels_last(x), multiprocessors(x), SINGLE_LAUNCH
+    )
 
 
 def reduce_tile(x: Tensor, hidden: int) -> tuple[config.Tile, int]:

@@ -9,8 +9,14 @@ another, never waits at all.
 
 A program has a slot in memory, and sets it to the stamp of the launch, a number that no other launch has. So memory
 need not be zeroed first, which would be a launch of its own, and belongs to one call only: streams and graphs share
-none. A graph, however, replays its launches with the stamps that they were captured with: the last program of a group
-clears the group's slots. Nothing else leaves a stamp in memory: it has 64 bits, and its first is random.
+none. A graph, however, replays its launches with the stamps that they were captured with: in a graph the slots are
+zeroed before each replay, by a node of the graph.
+
+Nobody waits for ever. Who has polled ``PATIENCE`` times in vain, about a second, gives up and says so in the launch's
+first slot, whereupon all others give up at once. What would have come from the missing data is then NaN; indices stay
+in their range and BatchNorm's buffers as they were.
+
+``ATTN_KERNELS_SINGLE_LAUNCH=0`` does without waiting: the same kernels, one launch per phase.
 
 Memory order: all threads of a program meet (a barrier) before one of them sets its slot with release semantics, and
 after they have found others' set with acquire semantics, at the scope of the GPU (PTX memory model, causality order).
@@ -32,21 +38,52 @@ from reference._common import accumulation_dtype
 # Of 2^62 to 2^63, so that every stamp is an int64 argument.
 _stamps = itertools.count(2**62 + secrets.randbits(61))
 
+# Polls of about a microsecond each.
+PATIENCE = tl.constexpr(2**20)
+
+# The phases where each is a launch, in this order. PARTS are the first phase of a single launch, in which the item of a
+# divided plane's last part adds all of them up: here a JOIN does. HIDDEN, GATES and REST are stretches of the second
+# phase's items, WEIGHTS the programs behind those.
+PARTS = tl.constexpr(0)
+JOIN = tl.constexpr(1)
+HIDDEN = tl.constexpr(2)
+GATES = tl.constexpr(3)
+REST = tl.constexpr(4)
+WEIGHTS = tl.constexpr(5)
+
 
 def new_stamp() -> int:
     """The stamp of a launch."""
     return next(_stamps)
 
 
+def launches(
+    single: bool, parts: int, join: int, hidden: int = 0, gates: int = 0, rest: int = 0, weights: int = 0
+) -> list[tuple[int, int]]:
+    """The phase and the number of programs of each launch, given those of each phase: all in one, or one a phase."""
+    if single:
+        return [(PARTS.value, parts + hidden + gates + rest + weights)]
+    return [(phase, count) for phase, count in enumerate((parts, join, hidden, gates, rest, weights)) if count]
+
+
 def empty_scratch(x: Tensor, elements: int, slots: int) -> tuple[Tensor, int]:
     """``elements`` in x's accumulation dtype and slots behind them, for a launch; and where these begin."""
     dtype = accumulation_dtype(x)
     begin = elements + elements % 2  # slots have 8 bytes
-    return torch.empty(begin + slots * (8 // dtype.itemsize), dtype=dtype, device=x.device), begin
+    scratch = torch.empty(begin + slots * (8 // dtype.itemsize), dtype=dtype, device=x.device)
+    if slots and will_be_replayed(x):
+        scratch[begin:].zero_()
+    return scratch, begin
+
+
+def will_be_replayed(x: Tensor) -> bool:
+    """Whether x's launches are captured into a graph."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 @triton.jit
 def slots_pointer(scratch_ptr, begin):
+    """The first slot, that of a launch that is given up; behind it are those of its programs."""
     return (scratch_ptr + begin).to(tl.pointer_type(tl.int64), bitcast=True)
 
 
@@ -76,39 +113,41 @@ def work_item(pid, groups, lead, FIRST, SECOND, AHEAD):
 
 
 @triton.jit
+def phase_item(pid, phase, S, FIRST, HIDDEN_ITEMS, AHEAD, SECOND):
+    """``second, group, item`` likewise, in a launch of one phase; planes are divided into S parts."""
+    begin = tl.where(phase == GATES, HIDDEN_ITEMS, tl.where(phase == REST, AHEAD, 0))
+    end = tl.where(phase == HIDDEN, HIDDEN_ITEMS, tl.where(phase == GATES, AHEAD, SECOND))
+    end = tl.where(phase == PARTS, FIRST, tl.where(phase == JOIN, FIRST // S, end))
+    group = pid // (end - begin)
+    item = begin + pid % (end - begin)
+    return phase >= HIDDEN, group, tl.where(phase == JOIN, item * S + S - 1, item)
+
+
+@triton.jit
 def mark(slot_ptr, stamp):
     tl.debug_barrier()
     tl.atomic_xchg(slot_ptr, stamp, sem="release")
 
 
 @triton.jit
-def wait(slots_ptr, count, stamp):
-    """Until the first ``count`` slots are set."""
+def wait(slots_ptr, count, given_up_ptr, stamp):
+    """Until the first ``count`` slots are set; whether that was given up, so that what they stand for is missing."""
+    polls = 0
     for i in range(0, count, 512):  # no fewer than a program has threads
         o = i + tl.arange(0, 512)
         pending = 1
-        while pending > 0:
+        while (pending > 0) & (polls < PATIENCE):
             b_slots = tl.atomic_or(slots_ptr + o, 0, mask=o < count, sem="acquire")
+            given_up = tl.load(given_up_ptr, volatile=True) == stamp
             pending = tl.max(((b_slots != stamp) & (o < count)).to(tl.int32), axis=0)
+            polls += tl.where(given_up, PATIENCE, 1) * pending
     tl.debug_barrier()
+    if polls >= PATIENCE:
+        tl.store(given_up_ptr, stamp)
+    return polls >= PATIENCE
 
 
 @triton.jit
-def clear(slots_ptr, count):
-    """Slots that nobody waits for any more."""
-    for i in range(0, count, 512):
-        o = i + tl.arange(0, 512)
-        tl.store(slots_ptr + o, 0, mask=o < count)
-
-
-@triton.jit
-def mark_passed(slots_ptr, before, item, count, stamp):
-    """By one of ``count`` items that has no more to wait for; the last one clears their slots and those before them.
-
-    It waits until the others have passed, which were there before it: here and not at its end, where what it needs for
-    this would take registers from its work.
-    """
-    mark(slots_ptr + before + item, stamp)
-    if item == count - 1:
-        wait(slots_ptr + before, count, stamp)
-        clear(slots_ptr, before + count)
+def unless(given_up, b):
+    """``b``, or NaN."""
+    return tl.where(given_up, float("nan"), b)

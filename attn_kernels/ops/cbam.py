@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from attn_kernels.ops import _channel, _channel_bwd, _conv, _norm
 from attn_kernels.ops import _config as config
 from attn_kernels.ops._device import aligned, load_elements, load_tail_grad, load_tile, store_tail, update_running
-from attn_kernels.ops._launch import channel_plan, pixel_tile, tile_options
+from attn_kernels.ops._launch import channel_plan, gate_options, pixel_tile, tile_options
 from attn_kernels.ops._library import (
     contiguous,
     dense,
@@ -37,7 +37,17 @@ from attn_kernels.ops._library import (
     register,
     unmask,
 )
-from attn_kernels.ops._phases import empty_scratch, mark, mark_passed, new_stamp, slots_pointer, wait, work_item
+from attn_kernels.ops._phases import (
+    empty_scratch,
+    launches,
+    mark,
+    new_stamp,
+    phase_item,
+    slots_pointer,
+    unless,
+    wait,
+    work_item,
+)
 from reference._common import accumulation_dtype
 from reference.cbam import channel_gate, spatial_gate
 
@@ -48,6 +58,7 @@ def _channel_pool(
     gate_ptr,
     pools_ptr,
     argmax_ptr,
+    given_up,
     i_n,
     p,
     C,
@@ -56,7 +67,10 @@ def _channel_pool(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Maximum, its lowest channel, and mean over the channels of x * gate, of BLOCK_P pixels. Reads x."""
+    """Maximum, its lowest channel, and mean over the channels of x * gate, of BLOCK_P pixels. Reads x.
+
+    NaN, and the lowest channel, where the gate was given up.
+    """
     ACC: tl.constexpr = pools_ptr.dtype.element_ty
     o_p = p + tl.arange(0, BLOCK_P)
     m_p = o_p < P
@@ -68,7 +82,7 @@ def _channel_pool(
         b_u = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
         if gate_ptr is not None:
             b_gate = tl.load(gate_ptr + i_n * C + o_c, mask=o_c < C, other=0, cache_modifier=".cg")
-            b_u *= b_gate[:, None]
+            b_u *= unless(given_up, b_gate)[:, None]
         b_sum += b_u
         b_u = tl.where((o_c < C)[:, None], b_u, float("-inf"))
         b_max, b_arg = _channel.running_max(b_max, b_arg, b_u, o_c[:, None])
@@ -80,7 +94,7 @@ def _channel_pool(
         tl.store(argmax_ptr + i_n * P + o_p, b_first, mask=m_p)
 
 
-@triton.jit(do_not_specialize=["slots", "stamp", "N", "groups", "lead"])
+@triton.jit(do_not_specialize=["slots", "stamp", "phase", "N", "groups", "lead"])
 def pools_kernel(
     x_ptr,  # (N, C, P)
     w1_ptr,  # (H, C), or None where there is no channel gate
@@ -92,6 +106,7 @@ def pools_kernel(
     scratch_ptr,  # gate (N, C) and all of forward_pointers, written
     slots,  # where they begin in scratch
     stamp,
+    phase,  # in a launch of one
     pools_ptr,  # (N, 2, P), written: maximum, mean
     spatial_argmax_ptr,  # (N, P), written, or None
     N,
@@ -105,6 +120,7 @@ def pools_kernel(
     MAX: tl.constexpr,
     LP: tl.constexpr,
     LSE: tl.constexpr,
+    SINGLE: tl.constexpr,
     DIVIDED: tl.constexpr,
     SAMPLES: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -124,7 +140,7 @@ def pools_kernel(
         pid = tl.program_id(0)
         i_n = (pid // blocks).to(tl.int64)
         _channel_pool(
-            x_ptr, None, pools_ptr, spatial_argmax_ptr, i_n, pid % blocks * POOL_P, C, P,
+            x_ptr, None, pools_ptr, spatial_argmax_ptr, False, i_n, pid % blocks * POOL_P, C, P,
             CHANNELS_LAST, POOL_C, POOL_P,
         )  # fmt: skip
     else:
@@ -132,42 +148,54 @@ def pools_kernel(
         S = tl.cdiv(P, CHUNK)
         pool_ptr = _channel.pool_pointer(saved_ptr, N, H, K)
         part_ptr, stats_ptr, arg_ptr = _channel.forward_pointers(
-            scratch_ptr + tl.cast(N, tl.int64) * C, N, C, H, J, S, K, MAX, DIVIDED
+            scratch_ptr + tl.cast(N, tl.int64) * C, N, C, H, J, S, K, MAX
         )
         # In the second phase the hidden layer comes first, then the gates, a block of channels an item.
         hidden_items = tl.cdiv(SAMPLES * K * H, BLOCK_E)
         ahead = hidden_items + J
         first_items = J * S
         second_items = ahead + SAMPLES * blocks
-        second, group, item = work_item(tl.program_id(0), groups, lead, first_items, second_items, ahead)
-        p_first = slots_pointer(scratch_ptr, slots) + group * (first_items + second_items)
-        p_second = p_first + first_items
+        p_first = None
+        given_up_ptr = None
+        if SINGLE:
+            second, group, item = work_item(tl.program_id(0), groups, lead, first_items, second_items, ahead)
+            given_up_ptr = slots_pointer(scratch_ptr, slots)
+            p_first = given_up_ptr + 1 + group * first_items
+            p_second = given_up_ptr + 1 + groups * first_items + group * ahead
+        else:
+            second, group, item = phase_item(tl.program_id(0), phase, S, first_items, hidden_items, ahead, second_items)
+        given_up = phase < 0  # no
         if not second:
             _channel.squeeze(
-                x_ptr, w1_ptr, stats_ptr, arg_ptr, pool_ptr, argmax_ptr, part_ptr, p_first, stamp,
-                group, item, N, C, P, H, CHUNK,
-                AVG, MAX, LP, LSE, False, part_ptr.dtype.element_ty, SAMPLES, CHANNELS_LAST, BLOCK_C, BLOCK_P, BLOCK_H,
+                x_ptr, w1_ptr, stats_ptr, arg_ptr, pool_ptr, argmax_ptr, part_ptr, p_first, given_up_ptr, stamp, phase,
+                group, item, N, C, P, H, CHUNK, AVG, MAX, LP, LSE, False, part_ptr.dtype.element_ty, DIVIDED, SAMPLES,
+                CHANNELS_LAST, BLOCK_C, BLOCK_P, BLOCK_H,
             )  # fmt: skip
-            mark(p_first + item, stamp)
+            if SINGLE:
+                mark(p_first + item, stamp)
         elif item < hidden_items:
-            wait(p_first, first_items, stamp)
-            _channel.hidden_layer(part_ptr, b1_ptr, saved_ptr, group, item, N, H, J, K, SAMPLES, BLOCK_E)
-            mark(p_second + item, stamp)
+            if SINGLE:
+                given_up = wait(p_first, first_items, given_up_ptr, stamp)
+            _channel.hidden_layer(part_ptr, b1_ptr, saved_ptr, given_up, group, item, N, H, J, K, SAMPLES, BLOCK_E)
+            if SINGLE:
+                mark(p_second + item, stamp)
         elif item < ahead:
-            wait(p_second, hidden_items, stamp)
+            if SINGLE:
+                given_up = wait(p_second, hidden_items, given_up_ptr, stamp)
             _channel.excite(
-                saved_ptr, w2_ptr, b2_ptr, scratch_ptr, group, (item - hidden_items) * BLOCK_C, N, C, H,
+                saved_ptr, w2_ptr, b2_ptr, scratch_ptr, given_up, group, (item - hidden_items) * BLOCK_C, N, C, H,
                 K, "relu", "sigmoid", SAMPLES, BLOCK_C, BLOCK_H,
             )  # fmt: skip
-            mark(p_second + item, stamp)
+            if SINGLE:
+                mark(p_second + item, stamp)
         else:
-            wait(p_second + hidden_items, J, stamp)
-            mark_passed(p_first, first_items, item, second_items, stamp)
+            if SINGLE:
+                given_up = wait(p_second + hidden_items, J, given_up_ptr, stamp)
             i_n = (group * SAMPLES + (item - ahead) // blocks).to(tl.int64)
             if i_n < N:
                 _channel_pool(
-                    x_ptr, scratch_ptr, pools_ptr, spatial_argmax_ptr, i_n, (item - ahead) % blocks * POOL_P, C, P,
-                    CHANNELS_LAST, POOL_C, POOL_P,
+                    x_ptr, scratch_ptr, pools_ptr, spatial_argmax_ptr, given_up, i_n,
+                    (item - ahead) % blocks * POOL_P, C, P, CHANNELS_LAST, POOL_C, POOL_P,
                 )  # fmt: skip
 
 
@@ -183,13 +211,15 @@ def _spatial_gate(b_z, mean, invstd, weight_ptr, bias_ptr):
     return b_normal, tl.sigmoid(b_logit)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "stamp"])
 def scale_kernel(
     x_ptr,  # (N, C, P)
     residual_ptr,  # (N, C, P) or None
     y_ptr,  # (N, C, P), written
     mask_ptr,  # bits of the ReLU, written, or None
-    gate_ptr,  # (N, C), or None
+    gate_ptr,  # (N, C), or None; the scratch memory of pools_kernel
+    slots,  # where its slots begin, or None where it had none
+    stamp,  # its
     z_ptr,  # (N, P) and, behind it, written: mean and 1 / standard deviation
     part_ptr,  # (3, programs)
     weight_ptr,  # (1,) or None
@@ -234,7 +264,10 @@ def scale_kernel(
     if pid == 0:
         tl.store(z_ptr + COUNT, mean)
         tl.store(z_ptr + COUNT + 1, invstd)
-        if UPDATE:
+        complete = True
+        if slots is not None:
+            complete = tl.load(slots_pointer(gate_ptr, slots)) != stamp
+        if UPDATE and complete:
             factor = tl.cast(momentum, ACC) + tl.cast(momentum_rest, ACC)
             if batches_ptr is not None:
                 batches = tl.load(batches_ptr) + 1
@@ -345,46 +378,54 @@ def _forward(
     grid = (n * config.cdiv(h * w, tile.block_p),)
     z, spatial_argmax = _empty_maps(x)
     channel_pools, parts = z.new_empty((n, 2, h, w)), z.new_empty((3, _conv.programs(x, conv_weight)))
-    if w1 is None:
-        saved = argmax = scratch = slots = None
-        programs = grid
-    else:
+    saved = argmax = scratch = slots = None
+    phases = {"parts": grid[0], "join": 0}
+    if w1 is not None:
         saved, argmax = _channel.empty_saved(x, hidden, pools)
-        second = plan.hidden_items(_channel.pool_count(pools) * hidden) + plan.blocks
-        second += plan.samples * grid[0] // n
-        programs = (plan.groups * (plan.items + second),)
-        scratch, slots = empty_scratch(x, n * c + _channel.scratch_size(x, hidden, pools, plan), programs[0])
-    pools_kernel[programs](
-        x,
-        w1,
-        b1,
-        w2,
-        b2,
-        saved,
-        argmax,
-        scratch,
-        slots,
-        new_stamp(),
-        channel_pools,
-        spatial_argmax if save else None,
-        n,
-        plan.groups,
-        plan.lead,
-        c,
-        h * w,
-        hidden,
-        plan.chunk,
-        **_channel.pool_flags(pools),
-        DIVIDED=plan.splits > 1,
-        SAMPLES=plan.samples,
-        BLOCK_H=plan.block_h,
-        BLOCK_E=config.HIDDEN_ELEMENTS,
-        # In as many warps as the other phases: no more elements of x at once than they hold.
-        POOL_C=min(tile.block_c, max(plan.tile.block_c * plan.tile.block_p // tile.block_p, 1)),
-        POOL_P=tile.block_p,
-        **tile_options(x, plan.tile),
-        maxnreg=128,
-    )
+        phases = {
+            "parts": plan.groups * plan.items,
+            "join": plan.groups * plan.joins,
+            "hidden": plan.groups * plan.hidden_items(_channel.pool_count(pools) * hidden),
+            "gates": plan.groups * plan.blocks,
+            "rest": plan.groups * plan.samples * grid[0] // n,
+        }
+        slot_count = 1 + phases["parts"] + phases["hidden"] + phases["gates"] if plan.single_launch else 0
+        scratch, slots = empty_scratch(x, n * c + _channel.scratch_size(x, hidden, pools, plan), slot_count)
+    stamp = new_stamp()
+    for phase, programs in launches(plan.single_launch, **phases):
+        pools_kernel[(programs,)](
+            x,
+            w1,
+            b1,
+            w2,
+            b2,
+            saved,
+            argmax,
+            scratch,
+            slots,
+            stamp,
+            phase,
+            channel_pools,
+            spatial_argmax if save else None,
+            n,
+            plan.groups,
+            plan.lead,
+            c,
+            h * w,
+            hidden,
+            plan.chunk,
+            **_channel.pool_flags(pools),
+            SINGLE=plan.single_launch,
+            DIVIDED=plan.splits > 1,
+            SAMPLES=plan.samples,
+            BLOCK_H=plan.block_h,
+            BLOCK_E=config.HIDDEN_ELEMENTS,
+            # In as many warps as the other phases: no more elements of x at once than they hold.
+            POOL_C=min(tile.block_c, max(plan.tile.block_c * plan.tile.block_p // tile.block_p, 1)),
+            POOL_P=tile.block_p,
+            **tile_options(x, plan.tile),
+            **gate_options(plan),
+        )
     _conv.forward(x, channel_pools, parts, conv_weight, z)
     y, mask = torch.empty_like(x), empty_mask(x, relu and save)
     scale_kernel[grid](
@@ -393,6 +434,8 @@ def _forward(
         y,
         mask if relu and save else None,
         scratch,
+        slots if plan.single_launch else None,
+        stamp,
         z,
         parts,
         weight,

@@ -36,7 +36,7 @@ from attn_kernels.ops._channel import (
 )
 from attn_kernels.ops._channel_bwd import backward
 from attn_kernels.ops._device import aligned, load_tile, store_tail
-from attn_kernels.ops._launch import channel_plan, tile_options
+from attn_kernels.ops._launch import channel_plan, gate_options, tile_options
 from attn_kernels.ops._library import (
     contiguous,
     empty_mask,
@@ -46,12 +46,21 @@ from attn_kernels.ops._library import (
     register,
     unmask,
 )
-from attn_kernels.ops._phases import empty_scratch, mark, mark_passed, new_stamp, slots_pointer, wait, work_item
+from attn_kernels.ops._phases import (
+    empty_scratch,
+    launches,
+    mark,
+    new_stamp,
+    phase_item,
+    slots_pointer,
+    wait,
+    work_item,
+)
 from reference.cbam import POOLS
 from reference.se import GATES, mlp
 
 
-@triton.jit(do_not_specialize=["slots", "stamp", "N", "groups", "lead"])
+@triton.jit(do_not_specialize=["slots", "stamp", "phase", "N", "groups", "lead"])
 def channel_gate_kernel(
     x_ptr,  # (N, C, P)
     residual_ptr,  # (N, C, P) or None
@@ -66,6 +75,7 @@ def channel_gate_kernel(
     scratch_ptr,  # pre (N, K, H) if it is not saved, and all of forward_pointers, written
     slots,  # where they begin in scratch
     stamp,
+    phase,  # in a launch of one
     N,
     groups,
     lead,
@@ -80,6 +90,7 @@ def channel_gate_kernel(
     ACTIVATION: tl.constexpr,
     GATE: tl.constexpr,
     RELU: tl.constexpr,
+    SINGLE: tl.constexpr,
     DIVIDED: tl.constexpr,
     SAMPLES: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -97,7 +108,17 @@ def channel_gate_kernel(
     hidden_items = tl.cdiv(SAMPLES * K * H, BLOCK_E)
     first_items = J * S
     second_items = hidden_items + first_items
-    slots_ptr = slots_pointer(scratch_ptr, slots)
+    p_first = None
+    given_up_ptr = None
+    if SINGLE:
+        second, group, item = work_item(tl.program_id(0), groups, lead, first_items, second_items, hidden_items)
+        given_up_ptr = slots_pointer(scratch_ptr, slots)
+        p_first = given_up_ptr + 1 + group * first_items
+        p_hidden = given_up_ptr + 1 + groups * first_items + group * hidden_items
+    else:
+        second, group, item = phase_item(
+            tl.program_id(0), phase, S, first_items, hidden_items, hidden_items, second_items
+        )
     pool_ptr = None
     if saved_ptr is None:
         pre_ptr = scratch_ptr
@@ -106,28 +127,30 @@ def channel_gate_kernel(
         pre_ptr = saved_ptr
         if LP or LSE:
             pool_ptr = pool_pointer(saved_ptr, N, H, K)
-    part_ptr, stats_ptr, arg_ptr = forward_pointers(scratch_ptr, N, C, H, J, S, K, MAX, DIVIDED)
-    second, group, item = work_item(tl.program_id(0), groups, lead, first_items, second_items, hidden_items)
-    p_first = slots_ptr + group * (first_items + second_items)
-    p_second = p_first + first_items
+    part_ptr, stats_ptr, arg_ptr = forward_pointers(scratch_ptr, N, C, H, J, S, K, MAX)
+    given_up = phase < 0  # no
     if not second:
         squeeze(
-            x_ptr, w1_ptr, stats_ptr, arg_ptr, pool_ptr, argmax_ptr, part_ptr, p_first, stamp,
-            group, item, N, C, P, H, CHUNK,
-            AVG, MAX, LP, LSE, False, part_ptr.dtype.element_ty, SAMPLES, CHANNELS_LAST, BLOCK_C, BLOCK_P, BLOCK_H,
+            x_ptr, w1_ptr, stats_ptr, arg_ptr, pool_ptr, argmax_ptr, part_ptr, p_first, given_up_ptr, stamp, phase,
+            group, item, N, C, P, H, CHUNK, AVG, MAX, LP, LSE, False, part_ptr.dtype.element_ty, DIVIDED, SAMPLES,
+            CHANNELS_LAST, BLOCK_C, BLOCK_P, BLOCK_H,
         )  # fmt: skip
-        mark(p_first + item, stamp)
+        if SINGLE:
+            mark(p_first + item, stamp)
     elif item < hidden_items:
-        wait(p_first, first_items, stamp)
-        hidden_layer(part_ptr, b1_ptr, pre_ptr, group, item, N, H, J, K, SAMPLES, BLOCK_E)
-        mark(p_second + item, stamp)
+        if SINGLE:
+            given_up = wait(p_first, first_items, given_up_ptr, stamp)
+        hidden_layer(part_ptr, b1_ptr, pre_ptr, given_up, group, item, N, H, J, K, SAMPLES, BLOCK_E)
+        if SINGLE:
+            mark(p_hidden + item, stamp)
     else:
-        wait(p_second, hidden_items, stamp)
-        mark_passed(p_first, first_items, item, second_items, stamp)
+        if SINGLE:
+            given_up = wait(p_hidden, hidden_items, given_up_ptr, stamp)
         i_s = (item - hidden_items) % S
         c = (item - hidden_items) // S * BLOCK_C
         b_gates = excite(
-            pre_ptr, w2_ptr, b2_ptr, None, group, c, N, C, H, K, ACTIVATION, GATE, SAMPLES, BLOCK_C, BLOCK_H,
+            pre_ptr, w2_ptr, b2_ptr, None, given_up, group, c, N, C, H,
+            K, ACTIVATION, GATE, SAMPLES, BLOCK_C, BLOCK_H,
         )  # fmt: skip
         for row in range(0, tl.minimum(SAMPLES, N - group * SAMPLES)):
             i_n = tl.cast(group * SAMPLES + row, tl.int64)
@@ -157,41 +180,48 @@ def _launch_forward(
     hidden, k = w1.shape[0], pool_count(pools)
     plan = channel_plan(x, hidden)
     y = torch.empty_like(x)
-    programs = plan.groups * (2 * plan.items + plan.hidden_items(k * hidden))
+    hidden_items = plan.groups * plan.hidden_items(k * hidden)
+    parts = plan.groups * plan.items
     size = scratch_size(x, hidden, pools, plan) + (n * k * hidden if saved is None else 0)
-    scratch, slots = empty_scratch(x, size, programs)
-    channel_gate_kernel[(programs,)](
-        x,
-        residual,
-        y,
-        mask,
-        w1,
-        b1,
-        w2,
-        b2,
-        saved,
-        argmax,
-        scratch,
-        slots,
-        new_stamp(),
-        n,
-        plan.groups,
-        plan.lead,
-        c,
-        h * w,
-        hidden,
-        plan.chunk,
-        **pool_flags(pools),
-        ACTIVATION=activation,
-        GATE=gate_name,
-        RELU=relu,
-        DIVIDED=plan.splits > 1,
-        SAMPLES=plan.samples,
-        BLOCK_H=plan.block_h,
-        BLOCK_E=config.HIDDEN_ELEMENTS,
-        **tile_options(x, plan.tile),
-        maxnreg=128,
-    )
+    scratch, slots = empty_scratch(x, size, 1 + parts + hidden_items if plan.single_launch else 0)
+    stamp = new_stamp()
+    for phase, programs in launches(
+        plan.single_launch, parts, plan.groups * plan.joins, hidden=hidden_items, rest=parts
+    ):
+        channel_gate_kernel[(programs,)](
+            x,
+            residual,
+            y,
+            mask,
+            w1,
+            b1,
+            w2,
+            b2,
+            saved,
+            argmax,
+            scratch,
+            slots,
+            stamp,
+            phase,
+            n,
+            plan.groups,
+            plan.lead,
+            c,
+            h * w,
+            hidden,
+            plan.chunk,
+            **pool_flags(pools),
+            ACTIVATION=activation,
+            GATE=gate_name,
+            RELU=relu,
+            SINGLE=plan.single_launch,
+            DIVIDED=plan.splits > 1,
+            SAMPLES=plan.samples,
+            BLOCK_H=plan.block_h,
+            BLOCK_E=config.HIDDEN_ELEMENTS,
+            **tile_options(x, plan.tile),
+            **gate_options(plan),
+        )
     return y
 
 
