@@ -146,8 +146,11 @@ def channel_plan(
     block_h = hidden_block(hidden, block_c)
     # Several kernels in one need more registers: half as many bytes a thread.
     tile = Tile.of(block_c, block_p, c if channels_last else p, itemsize, 32)
-    if hidden:  # the products of 16 x 16, the least of the MLP's, spill in fewer warps
-        tile = replace(tile, num_warps=max(tile.num_warps, 4))
+    if hidden:
+        # The products of 16 x 16, the least of the MLP's, spill in fewer than 4 warps, and with Triton 3.6 those of
+        # several samples in fewer than 8, which a tile gets that has a vector for each of their threads.
+        several = samples > 1 and block_c * block_p * itemsize >= 8 * 32 * 16
+        tile = replace(tile, num_warps=max(tile.num_warps, 8 if several else 4))
     blocks, tiles = cdiv(c, block_c), cdiv(p, block_p)
     most = max(ITEM_BYTES // (block_c * block_p * itemsize), 1)
     least = max(n * blocks * tiles // (4 * multiprocessors), 1)
