@@ -5,11 +5,12 @@ import os
 import pytest
 import torch
 
-from benchmarks.interpreter import round_to_nearest
+from benchmarks.interpreter import round_to_nearest, skip_repeated_work
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
     round_to_nearest()
+    skip_repeated_work()
 torch.set_num_threads(1)  # pytest-xdist already uses every core
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # the oracle is exact
 
