@@ -10,9 +10,10 @@ import torch
 import triton
 import triton.language as tl
 from triton.runtime import interpreter
+from triton.runtime.errors import InterpreterError
 
 import attn_kernels
-from tests.harness import DTYPES, LAYOUTS, MODULES, real_input
+from tests.harness import DTYPES, MODULES, real_input
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")
 
@@ -45,12 +46,16 @@ def _argument_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
 
 
 def results() -> dict[str, list[torch.Tensor] | str]:
-    """Output and gradients of every module, what integers come to, and the messages of kernels that are wrong."""
+    """Output and gradients of some modules, what integers come to, and the messages of kernels that are wrong."""
     found: dict[str, list[torch.Tensor] | str] = {}
-    for name, layout, dtype in zip(MODULES, [*LAYOUTS] * 4, [*DTYPES] * 2, strict=False):
+    for name, layout, dtype in (
+        ("channel_gate", "contiguous", "fp64"),
+        ("cbam", "channels_last", "bf16"),
+        ("simam", "contiguous", "fp16"),
+    ):
         torch.manual_seed(0)
         module = MODULES[name](attn_kernels, 6)
-        x = real_input((4, 6, 5, 3), DTYPES[dtype], layout, torch.device("cpu")).requires_grad_()
+        x = real_input((2, 6, 5, 3), DTYPES[dtype], layout, torch.device("cpu")).requires_grad_()
         y = module(x, x, "relu")
         found[name] = [y.detach(), *torch.autograd.grad(y, [x, *module.parameters()], torch.ones_like(y))]
     for dtype in (torch.int8, torch.int32, torch.int64):
@@ -93,12 +98,11 @@ def test_results_and_errors_are_those_of_the_plain_interpreter(tmp_path):
 def test_the_language_is_as_it_was_after_a_launch():
     x = torch.arange(4)
     before = vars(tl).copy(), vars(tl.core).copy(), vars(tl.tensor).copy()
-    for kernel in (_integers_kernel, _static_assert_kernel):
-        try:
-            kernel[(1,)](x, torch.empty_like(x), BLOCK=4 if kernel is _integers_kernel else 8)
-        except Exception as error:
-            assert kernel is _static_assert_kernel, error
-        assert (vars(tl), vars(tl.core), vars(tl.tensor)) == before
+    _integers_kernel[(1,)](x, torch.empty_like(x), BLOCK=4)
+    assert (vars(tl), vars(tl.core), vars(tl.tensor)) == before
+    with pytest.raises(InterpreterError, match="too large"):
+        _static_assert_kernel[(1,)](x, x, BLOCK=8)
+    assert (vars(tl), vars(tl.core), vars(tl.tensor)) == before
     with pytest.raises(ValueError, match=r"Did you forget to add @triton.jit"):
         tl.arange(0, 4)
 
