@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from benchmarks.interpreter import round_to_nearest
+from benchmarks.interpreter import round_to_nearest, skip_repeated_work
 
 
 def prepare() -> torch.device:
@@ -26,4 +26,5 @@ def prepare() -> torch.device:
         raise RuntimeError("no GPU, and Triton was imported without TRITON_INTERPRET=1")
     os.environ["TRITON_INTERPRET"] = "1"
     round_to_nearest()
+    skip_repeated_work()
     return torch.device("cpu")

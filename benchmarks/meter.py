@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.cache import SECTOR_BITS, Cache
+from benchmarks.interpreter import skip_repeated_work
 
 ALLOCATIONS = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"}
 OVERWRITES = {"copy_", "fill_", "zero_"}  # other operators in place read what they change
@@ -98,12 +99,12 @@ def meter(cache: Cache | None = None) -> Iterator[Traffic]:
 
     if not triton.knobs.runtime.interpret:
         raise RuntimeError("meter() counts in Triton's interpreter: set TRITON_INTERPRET=1 before Triton is imported")
+    skip_repeated_work()
     traffic = Traffic(cache)
     aten = _AtenMeter(traffic)
     builder = interpreter.InterpreterBuilder
     with ExitStack() as stack:
         for owner, name, wrap in (
-            (interpreter, "_patch_lang", _once_a_launch(traffic)),
             (interpreter.GridExecutor, "__call__", _count_launches(traffic, aten)),
             (builder, "create_masked_load", _count_lanes(traffic, pointers=0, mask=1, loads=True)),
             (builder, "create_masked_store", _count_lanes(traffic, pointers=0, mask=2, stores=True)),
@@ -117,23 +118,6 @@ def meter(cache: Cache | None = None) -> Iterator[Traffic]:
         yield traffic
     if cache is not None:
         cache.flush()
-
-
-def _once_a_launch(traffic: Traffic) -> Callable[[Callable], Callable]:
-    """The interpreter patches Triton's language anew for every call of a device function: 40% of its time."""
-
-    def wrap(patch_language):
-        patched = set()
-
-        def patch_once(function):
-            key = traffic.launches, function
-            if key not in patched:
-                patched.add(key)
-                return patch_language(function)
-
-        return patch_once
-
-    return wrap
 
 
 def _count_launches(traffic: Traffic, aten: _AtenMeter) -> Callable[[Callable], Callable]:

@@ -5,13 +5,24 @@ import os
 import pytest
 import torch
 
-from benchmarks.interpreter import round_to_nearest
+from benchmarks.interpreter import round_to_nearest, skip_repeated_work
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
     round_to_nearest()
+    skip_repeated_work()
 torch.set_num_threads(1)  # pytest-xdist already uses every core
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # the oracle is exact
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Use every core where pytest-xdist is installed; ``-n`` says otherwise. It need not be installed."""
+    if config.pluginmanager.hasplugin("xdist") and "PYTEST_XDIST_WORKER" not in os.environ:
+        if config.option.numprocesses is None:
+            config.option.numprocesses = "auto"
+        if config.option.dist == "no":
+            config.option.dist = "worksteal"
 
 
 @pytest.fixture(scope="session")

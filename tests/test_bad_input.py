@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import reference
 
+pytestmark = pytest.mark.fast
+
 PACKAGES = ("reference", "attn_kernels")
 N, C, H, W, HIDDEN = 2, 8, 4, 5, 3
 

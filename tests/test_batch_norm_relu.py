@@ -95,6 +95,8 @@ def test_options(options, training, with_conv, programs, device):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.fast
+@pytest.mark.device
 @pytest.mark.parametrize("with_conv", [False, True])
 @pytest.mark.parametrize("parameter_dtype", ["fp32", "same"])
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
@@ -158,7 +160,8 @@ def test_gradcheck(layout, training, with_conv, device):
         return batch_norm_relu(c, norm, conv if with_conv else None)
 
     norm.momentum = 0.0  # the numerical derivative calls again and again
-    assert gradcheck(function, [c, *parameters])
+    whole = layout == "channels_last" and training and with_conv  # elsewhere random projections of the Jacobian
+    assert gradcheck(function, [c, *parameters], fast_mode=not whole)
     assert gradgradcheck(function, [c, *parameters], fast_mode=True)
 
 

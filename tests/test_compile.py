@@ -331,6 +331,7 @@ def _offsets_kernel(offsets_ptr, c, p, C, P, CHANNELS_LAST: tl.constexpr):
     tl.store(offsets_ptr + tl.arange(0, 2)[:, None] * 2 + tl.arange(0, 2)[None, :], offsets)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_offsets_within_the_largest_sample(channels_last, device):
     """Offsets within a sample may be 32 bits wide only because larger samples are left to the reference."""

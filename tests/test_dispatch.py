@@ -32,6 +32,8 @@ def test_functional_forms_have_the_references_signatures():
         assert ours.__doc__ == theirs.__doc__
 
 
+@pytest.mark.fast
+@pytest.mark.device
 def test_the_tests_run_the_kernels(modules, device, monkeypatch):
     fused, _ = modules
     assert is_fused(_x(device))
@@ -93,6 +95,7 @@ class _Opcheck(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
+@pytest.mark.fast
 def test_opcheck(device):
     with _Opcheck() as checked:
         for build in MODULES.values():

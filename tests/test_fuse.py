@@ -146,7 +146,7 @@ class TestModules:
         [
             pytest.param(True, torch.float32, "channels_last", id="training, fp32"),
             pytest.param(False, torch.float32, "contiguous", id="eval, fp32"),
-            pytest.param(True, torch.bfloat16, "contiguous", id="training, bf16"),
+            pytest.param(True, torch.bfloat16, "contiguous", id="training, bf16", marks=pytest.mark.fast),
         ],
     )
     @pytest.mark.parametrize("name", BUILD)
@@ -663,6 +663,7 @@ class TestNetworks:
             torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-8, msg=name)
 
 
+@pytest.mark.fast
 class TestReport:
     def model(self) -> nn.Module:
         return nn.Sequential(Block(moskomule.SELayer(C, 4)), LightCbamModule(C), nn.ReLU(), SEModule(C))
@@ -759,6 +760,7 @@ class MySE(nn.Module):
         return x * torch.sigmoid(self.up(torch.relu(self.down(x.mean((2, 3))))))[:, :, None, None]
 
 
+@pytest.mark.fast
 class TestRegister:
     @pytest.fixture(autouse=True)
     def registry(self, monkeypatch):

@@ -10,6 +10,8 @@ import pytest
 
 import reference
 
+pytestmark = pytest.mark.fast
+
 NAMES = ("SE", "BAM", "CBAM", "SimAM", "ChannelGate", "SpatialGate")
 
 WITHOUT_TRITON = """

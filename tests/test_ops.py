@@ -1,5 +1,7 @@
 """Every fused op, forward and every gradient, against the float64 reference by the accuracy rule."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -19,8 +21,16 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", DTYPES)
+def _marks(dtype, case):
+    if (dtype, case) in {("bf16", "7x7"), ("fp32", "prime, H != W")}:
+        yield pytest.mark.fast
+    if dtype in ("bf16", "fp32"):
+        yield pytest.mark.device
+
+
+@pytest.mark.parametrize(
+    ("dtype", "case"), [pytest.param(*both, marks=[*_marks(*both)]) for both in itertools.product(DTYPES, CASES)]
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("module", MODULES)
 def test_against_reference(module, layout, dtype, case, device):
@@ -41,6 +51,7 @@ def test_against_reference(module, layout, dtype, case, device):
     )
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("module", MODULES)
@@ -48,10 +59,10 @@ def test_one_pixel(module, layout, dtype, device):
     check(lambda kit: MODULES[module](kit, 8), (3, 8, 1, 1), DTYPES[dtype], layout, device, activation="relu")
 
 
-@pytest.mark.parametrize("dtype", ["fp32"])
+@pytest.mark.device
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("module", MODULES)
-def test_planes_and_channels_larger_than_a_tile(module, layout, dtype, device, monkeypatch):
+def test_planes_and_channels_larger_than_a_tile(module, layout, device, monkeypatch):
     configurations = _config.plane_tile, _config.pixel_tile, _config.whole_plane_tile, _config.channel_plan
     for configuration in configurations:
         configuration.cache_clear()
@@ -60,7 +71,7 @@ def test_planes_and_channels_larger_than_a_tile(module, layout, dtype, device, m
     # BatchNorm over 2 samples, in BAM, leaves little but signs.
     shape = (2, 5, 45, 47) if module == "simam" else (3 if module == "bam" else 2, 19, 17, 31)
     build = lambda kit: MODULES[module](kit, shape[1])  # noqa: E731
-    check(build, shape, DTYPES[dtype], layout, device, activation="relu", with_residual=True)
+    check(build, shape, torch.float32, layout, device, activation="relu", with_residual=True)
     for configuration in configurations:
         configuration.cache_clear()
 
@@ -170,6 +181,7 @@ def test_any_shape(module, n, c, h, w, layout, tail, device):
     check(build, (n, c, h, w), torch.float64, layout, device, activation="relu" if tail else None, with_residual=tail)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("module", ["channel_gate", "cbam", "bam"])
 @pytest.mark.parametrize("shape", [(2, 1024, 1, 1), (2, 3, 40, 40)])
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -92,6 +92,7 @@ def test_no_layout_change_in_a_channels_last_network(attention, device):
     assert network.conv1.weight.grad.any()
 
 
+@pytest.mark.device
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_cuda_graph_of_a_training_step(modules, layout, device):

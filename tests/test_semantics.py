@@ -28,6 +28,7 @@ def _same(got, want):
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_ties_give_the_references_gradient_element_for_element(modules, layout, device):
     fused, eager = modules
@@ -68,6 +69,7 @@ def test_relu_keeps_nan_and_its_gradient(device):
     torch.testing.assert_close(got.gradients["residual"], want.gradients["residual"])
 
 
+@pytest.mark.device
 def test_fp16_variance_does_not_overflow(device):
     x = (200 * torch.randn(1, 2, 56, 56, device=device)).half()
     y = attn_kernels.SimAM()(x)
@@ -128,6 +130,7 @@ def test_residual_of_another_dtype(modules, device):
     assert torch.autograd.grad(y.sum(), residual)[0].dtype == torch.float32
 
 
+@pytest.mark.fast
 def test_only_what_is_asked_for_is_differentiated(modules, device):
     fused, eager = modules
     x, dy = _x(device), torch.randn_like(_x(device))
@@ -180,6 +183,7 @@ def test_saves_x_and_two_percent_in_half_precision(name, stage, layout, device):
     assert share < 0.02, f"{name} saves {share:.1%} of x"
 
 
+@pytest.mark.device
 def test_bitwise_reproducible(modules, device):
     fused, _ = modules
     x, dy = _x(device, shape=(3, 12, 19, 23)), torch.randn(3, 12, 19, 23, dtype=torch.float64, device=device)
