@@ -65,13 +65,15 @@ def compiling() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 
-def compile_rows(tmp_path, architecture: str) -> tuple[subprocess.CompletedProcess, list[dict[str, str]]]:
+def compile_rows(
+    tmp_path, architecture: str, options: list[str], **environment: str
+) -> tuple[subprocess.CompletedProcess, list[dict[str, str]]]:
     """What the command prints, and the rows that it writes."""
     output = tmp_path / "compile.csv"
-    options = [*FAST[architecture], "--architectures", architecture, "--batches", "32", "--jobs", "1"]
+    options = [*options, "--architectures", architecture, "--batches", "32", "--jobs", "1"]
     process = subprocess.run(
         [sys.executable, "-m", "benchmarks", "compile", *options, "--output", output],
-        env=compiling(),
+        env=compiling() | environment,
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -83,7 +85,7 @@ def compile_rows(tmp_path, architecture: str) -> tuple[subprocess.CompletedProce
 
 @pytest.mark.parametrize("architecture", FAST)
 def test_machine_code(architecture, tmp_path):
-    process, rows = compile_rows(tmp_path, architecture)
+    process, rows = compile_rows(tmp_path, architecture, FAST[architecture])
     for row in rows:
         assert row["dtype"] == "fp64" or row["stack_bytes"] == row["local_bytes"] == "0", row
         assert int(row["shared_bytes"]) <= ARCHITECTURES[architecture].shared_a_program, row
@@ -94,6 +96,13 @@ def test_machine_code(architecture, tmp_path):
         assert not row["faults"]
     if architecture == "sm_90":
         assert {row["kernel"] for row in rows} == defined_kernels()
+    assert process.returncode == 0, process.stdout
+
+
+def test_plain_launches_compile(tmp_path):
+    options = ["--maps", "256x56x56", "--dtypes", "bf16", "--modules", "SE", "CBAM"]
+    process, rows = compile_rows(tmp_path, "sm_90", options, ATTN_KERNELS_SINGLE_LAUNCH="0")
+    assert {"channel_gate.channel_gate", "channel_bwd.gate_bwd", "cbam.pools"} < {row["kernel"] for row in rows}
     assert process.returncode == 0, process.stdout
 
 
