@@ -1,8 +1,8 @@
 """The code that people run, the baseline of every comparison: timm's SE and CBAM, the published BAM and SimAM.
 
-The constructors are those of ``reference``, which is something else: its statistics are float32 in every dtype, and that
-costs more. Here everything is computed in the dtype that the module is moved to. Blocks and networks end as timm's do:
-add and ReLU in place.
+The constructors are those of ``reference``, which is something else: its statistics are float32 in every dtype, which
+costs more. Here everything is computed in the dtype that the module is moved to. A residual block ends as timm's and
+torchvision's do, with the addition and the ReLU in place.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from reference import models
 
-FROM_TIMM = ("SE", "CBAM")
+LIBRARIES = {"SE": "timm", "CBAM": "timm"}  # the other modules are here
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
 GATES = {"sigmoid": nn.Sigmoid, "hardsigmoid": nn.Hardsigmoid}
 
 
-def are_installed(*modules: str) -> bool:
-    """Whether the library behind each of these modules is there."""
-    return not set(modules) & set(FROM_TIMM) or find_spec("timm") is not None
+def is_available(module: str) -> bool:
+    """Whether the library that a module comes from is installed."""
+    return module not in LIBRARIES or find_spec(LIBRARIES[module]) is not None
 
 
 def library(name: str) -> ModuleType:
@@ -148,4 +148,5 @@ def resnet(depth: int, attention: str | None = None, num_classes: int = 1000) ->
     """``reference.models.resnet`` with users' modules."""
     block, layers = models.LAYERS[depth]
     block = {models.BasicBlock: BasicBlock, models.Bottleneck: Bottleneck}[block]
-    return models.ResNet(block, layers, attention, num_classes, models.Kit(None, SE, BAM, CBAM, SimAM))
+    kit = models.REFERENCE._replace(SE=SE, BAM=BAM, CBAM=CBAM, SimAM=SimAM)  # the blocks above need no function
+    return models.ResNet(block, layers, attention, num_classes, kit)
