@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-COMMANDS = ("check", "traffic", "compile", "host", "speed", "train", "plot", "coverage", "all")
+COMMANDS = ("check", "traffic", "compile", "host", "speed", "train", "plot", "coverage", "all", "precompile", "smoke")
 DEFAULT = "check"
 
 

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 import reference
 from benchmarks import runner, timing
+from benchmarks.correctness import Wrong, check_roughly
 from benchmarks.device import prepare
 from benchmarks.plan import Cell
-from benchmarks.rows import Measurement, Results
+from benchmarks.rows import WRONG, Measurement, Results
 from benchmarks.shapes import DTYPES, KERNELS, LAYOUTS, MODES, RESNET_50, bytes_of
 from benchmarks.timing import Prepare, Quantiles
 
@@ -110,11 +111,7 @@ def _exists(provider: str, kernel: str) -> bool:
 
 
 def measure(cell: Cell, results: Results) -> Iterator[tuple[str, list[Measurement]]]:
-    """Measure each mode in turn.
-
-    Raises:
-        Wrong: the fused module disagrees with the reference at this size.
-    """
+    """Measure each mode in turn; the rows of a fused module that disagrees with the reference are marked."""
     from benchmarks.speed_of_light import copy_times  # here, for prepare() has to come before Triton is imported
 
     device = prepare()
@@ -131,7 +128,10 @@ def measure(cell: Cell, results: Results) -> Iterator[tuple[str, list[Measuremen
     count = timing.input_sets(2 * bytes_of(cell.shape, cell.dtype))
     sets = [inputs(cell, device, seed) for seed in range(count)]
     if cell.fused and sets[0][0].numel() <= CHECKED:
-        _check(cell, module, plain, *sets[0])
+        try:
+            _check(cell, module, plain, *sets[0])
+        except Wrong as error:
+            results.mark(cell.place, f"{WRONG}: {error}")
     parameters = list(plain.parameters())
     for mode, prepare_calls in calls(module, parameters, sets).items():
         times = timing.device_times(prepare_calls, count)
@@ -152,8 +152,6 @@ def _speed(times: Quantiles, floor: int, light: Quantiles) -> Iterator[Measureme
 
 
 def _check(cell: Cell, module: nn.Module, plain: nn.Module, x: Tensor, dy: Tensor) -> None:
-    from benchmarks.correctness import check_roughly
-
     eager = KERNELS[cell.kernel].build(reference, *cell.shape[1:3]).to(x.device)
     eager.load_state_dict(plain.state_dict())
     check_roughly(module, eager, x, dy)

@@ -16,7 +16,7 @@ from torch import nn
 
 import reference
 from benchmarks import all as everything
-from benchmarks import correctness, plan, plot, rows, runner, speed, speed_of_light, timing, train
+from benchmarks import correctness, plan, plot, rehearsal, rows, runner, speed, speed_of_light, timing, train
 from benchmarks.__main__ import main
 from benchmarks.plan import Cell, Costs, execute
 from benchmarks.rows import Environment, Measurement, Results, Row, read
@@ -296,64 +296,11 @@ class TestCorrectness:
             correctness.check_roughly(lambda t: right(t) * math.nan, right, x, dy)
 
 
-class PretendedEvent:
-    """Each is recorded a millisecond after the one before."""
-
-    count = itertools.count()
-
-    def __init__(self, enable_timing):
-        assert enable_timing
-
-    def record(self):
-        self.milliseconds = next(self.count)
-
-    def elapsed_time(self, other):
-        return other.milliseconds - self.milliseconds
-
-
 @pytest.fixture
 def pretended_gpu(monkeypatch):
-    """What timing asks of a GPU, answered on the CPU: a replay does nothing, and an interval is a millisecond long."""
-    captured = []
-
-    class Graph:
-        def replay(self):
-            assert captured == [self]
-
-        def reset(self):
-            captured.clear()
-
-    @contextmanager
-    def graph(graph, stream):
-        yield
-        captured.append(graph)
-
-    for name, value in {
-        "CUDAGraph": Graph,
-        "graph": graph,
-        "Event": PretendedEvent,
-        "Stream": SimpleNamespace,
-        "synchronize": lambda: None,
-        "current_device": lambda: 0,
-        "get_device_properties": lambda device: SimpleNamespace(L2_cache_size=0),
-        "reset_peak_memory_stats": lambda: None,
-        "memory_allocated": lambda: 2**20,
-        "max_memory_allocated": lambda: 3 * 2**20,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    for name, value in {"WARM_UP": 0, "HOST_ROUNDS": 1, "MIN_SETS": 2}.items():
-        monkeypatch.setattr(timing, name, value)
-    real, modes = torch.compile, []
-
-    def compile_eagerly(module, mode="default", dynamic=None):
-        modes.append(mode)
-        return real(module, backend="eager", dynamic=dynamic)
-
-    monkeypatch.setattr(torch, "compile", compile_eagerly)
-    monkeypatch.setattr(speed_of_light, "copy_times", speed_of_light.copy_times.__wrapped__)
-    monkeypatch.setattr(speed_of_light, "BLOCK", 64)
     monkeypatch.setitem(sys.modules, "torchvision._meta_registrations", types.ModuleType("needs operators of a GPU"))
-    return modes
+    with rehearsal.pretended_gpu() as modes:
+        yield modes
 
 
 def measured(results):

@@ -1,0 +1,189 @@
+"""Compile every kernel that `all` launches, in parallel, into Triton's cache: who launches it later compiles nothing.
+
+Modules and networks run on meta tensors, which have no memory, through Triton's own launcher, which compiles but does not
+launch. It takes about 0.6 CPU seconds a kernel, and no GPU: without one, kernels are compiled for an H100. The cache is
+where TRITON_CACHE_DIR says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import smoke, speed, train
+from benchmarks.correctness import CASES, SHAPE
+from benchmarks.machine_code import ARCHITECTURES, compiling
+from benchmarks.plan import Cell
+from benchmarks.shapes import DTYPES, KERNELS, LAYOUTS
+
+STEPS = ("smoke", "speed", "train")
+BATCHES = (32, 256)  # that `all` times
+
+
+class Case(NamedTuple):
+    """A module in training, forward and backward, on one kind of input."""
+
+    kernel: str
+    shape: tuple[int, int, int, int]
+    dtype: str
+    layout: str
+    block: bool  # with a residual and a ReLU
+
+
+class Compiled(NamedTuple):
+    """What came of a case or a network: the kernels that it launches, those that were not in the cache, and an error."""
+
+    case: Case | Cell
+    kernels: int
+    compiled: int
+    error: str = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "example: python -m benchmarks precompile --jobs 8"
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a CPU)")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, metavar="STEP", help=", ".join(STEPS))
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=[*KERNELS], metavar="KERNEL")
+    names = ", ".join(ARCHITECTURES)
+    parser.add_argument("--architecture", choices=ARCHITECTURES, metavar="NAME", help=f"{names} (default: this GPU's)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    start = time.monotonic()
+    if os.environ.pop("TRITON_INTERPRET", "0") not in ("", "0"):
+        print("TRITON_INTERPRET is set, but what is compiled here is not for the interpreter.", file=sys.stderr)
+    capability, multiprocessors = target(arguments.architecture)
+    jobs = cases(arguments.steps, arguments.kernels)
+    print(f"{len(jobs)} modules and networks for sm_{capability} with {multiprocessors} multiprocessors", flush=True)
+    compiled = failed = 0
+    one = partial(launches, capability=capability, multiprocessors=multiprocessors)
+    with multiprocessing.get_context("spawn").Pool(min(arguments.jobs, len(jobs)), _ignore_interrupts) as pool:
+        for done, found in enumerate(pool.imap_unordered(one, jobs), 1):
+            compiled, failed = compiled + found.compiled, failed + bool(found.error)
+            name = " ".join(map(str, found.case[:5]))
+            print(
+                f"{done} of {len(jobs)}, {time.monotonic() - start:.1f} s: {name}: {found.kernels} kernels, "
+                f"{found.compiled} compiled {found.error}",
+                flush=True,
+            )
+    seconds = time.monotonic() - start
+    print(f"{compiled} kernels compiled, {failed} of {len(jobs)} failed, {seconds:.1f} s", flush=True)
+    return 1 if failed else 0
+
+
+def _ignore_interrupts() -> None:
+    """Only the parent answers SIGINT, and ends the pool."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def target(architecture: str | None = None) -> tuple[int, int]:
+    """The capability and the multiprocessors of an architecture, or of this machine's GPU; without one, of an H100."""
+    if architecture is None and torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        return 10 * gpu.major + gpu.minor, gpu.multi_processor_count
+    found = ARCHITECTURES[architecture or "sm_90"]
+    return found.capability, found.multiprocessors
+
+
+def cases(steps: Sequence[str] = STEPS, kernels: Sequence[str] = tuple(KERNELS)) -> list[Case | Cell]:
+    """What the steps launch, each once; the networks first, which take longest, then in the order of the steps."""
+    found: list[Case | Cell] = []
+    if "train" in steps:
+        cells = train.cells(peers=["timm/efficientnet_b0"])
+        found += [c for c in cells if c.provider == "fused" and c.modes == ("train",) and c.dtype == "bf16"]
+        found = [cell for cell in found if cell.fused in kernels]
+    if "smoke" in steps:
+        for family in smoke.FAMILIES:
+            found += [Case(family, shape, "bf16", layout, block) for shape, layout, block in smoke.CASES]
+    if "speed" in steps:
+        cells = speed.cells(smoke.FAMILIES, ["fused"], BATCHES, LAYOUTS, ["bf16"])
+        for cell in sorted(cells, key=lambda cell: cell.rank):
+            found += [Case(cell.kernel, cell.shape, cell.dtype, cell.layout, False)]
+        for family in smoke.FAMILIES:
+            found += [Case(family, SHAPE, dtype, layout, True) for dtype, layout in CASES]
+    return [case for case in dict.fromkeys(found) if isinstance(case, Cell) or case.kernel in kernels]
+
+
+def launches(case: Case | Cell, capability: int, multiprocessors: int) -> Compiled:
+    """Compile in this process, where it is not in the cache yet, what one case launches."""
+    import attn_kernels  # noqa: F401  here, for TRITON_INTERPRET must not be set
+
+    kernels: set[object] = set()
+    error = ""
+    with counting() as misses:
+        try:
+            with compiling(capability, multiprocessors, kernels.add):
+                (_network if isinstance(case, Cell) else _module)(case)
+        except Exception as raised:  # of the compiler, of whatever kind: the others are still to be compiled
+            error = f"{type(raised).__name__}: {str(raised)[-300:]}"
+    return Compiled(case, len(kernels), len(misses), error)
+
+
+@contextmanager
+def counting() -> Iterator[list[str]]:
+    """The names of the kernels that this process compiles inside the block, as they come; none that is in the cache."""
+    import triton
+
+    found: list[str] = []
+
+    def listen(*, src, metadata, metadata_group, times, cache_hit) -> None:
+        if not cache_hit:
+            found.append(src.name)
+
+    with patch.object(triton.knobs.compilation, "listener", listen):
+        yield found
+
+
+def _module(case: Case) -> None:
+    import attn_kernels
+
+    with torch.device("meta"):
+        module = KERNELS[case.kernel].build(attn_kernels, *case.shape[1:3])
+    x = _empty(case.shape, case.dtype, case.layout).requires_grad_()
+    leaves = [x, *([torch.empty_like(x).requires_grad_()] if case.block else [])]
+    y = module(*leaves, "relu") if case.block else module(x)
+    torch.autograd.grad(y, [*leaves, *module.parameters()], torch.empty_like(y))
+
+
+def _network(cell: Cell) -> None:
+    with torch.device("meta"):
+        network = train.build(cell).to(memory_format=LAYOUTS[cell.layout])
+    with _as_under_autocast(DTYPES[cell.dtype]):
+        y = network(_empty(cell.shape, "fp32", cell.layout))
+        torch.autograd.grad(y, list(network.parameters()), torch.empty_like(y))
+
+
+def _empty(shape: Sequence[int], dtype: str, layout: str) -> Tensor:
+    return torch.empty(shape, dtype=DTYPES[dtype], device="meta", memory_format=LAYOUTS[layout])
+
+
+@contextmanager
+def _as_under_autocast(dtype: torch.dtype) -> Iterator[None]:
+    """Convolutions and linear layers compute in ``dtype``, as under autocast, which does not know meta tensors."""
+
+    def lowered(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(module: nn.Module, x: Tensor) -> Tensor:
+            parameters = {name: p.to(dtype) for name, p in module.named_parameters(recurse=False)}
+            with patch.dict(module._parameters, parameters):
+                return forward(module, x.to(dtype))
+
+        return call
+
+    with (
+        patch.object(nn.Conv2d, "forward", lowered(nn.Conv2d.forward)),
+        patch.object(nn.Linear, "forward", lowered(nn.Linear.forward)),
+    ):
+        yield
