@@ -10,7 +10,23 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-COMMANDS = ("check", "traffic", "compile", "host", "speed", "train", "plot", "coverage", "all", "precompile", "smoke")
+COMMANDS = (
+    "check",
+    "traffic",
+    "compile",
+    "host",
+    "speed",
+    "train",
+    "plot",
+    "coverage",
+    "all",
+    "precompile",
+    "environment",
+    "smoke",
+    "once",
+    "fuzz",
+    "ncu",
+)
 DEFAULT = "check"
 
 

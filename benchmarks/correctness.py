@@ -60,14 +60,25 @@ class Error(NamedTuple):
         return f"{self.name}: error {self.fused:.1e} of the norm, allowed {self.allowed:.1e}"
 
 
-def errors(fused: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor]) -> list[Error]:
-    """Of each result against that in float64, where single elements may differ by a flipped maximum."""
+def errors(
+    fused: dict[str, Tensor],
+    eager: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    floor: float = ROUGHLY,
+    least: float = 0.0,
+) -> list[Error]:
+    """Of each result against that in float64, where single elements may differ by a flipped maximum.
+
+    Args:
+        floor: of the norm, allowed beside twice the eager reference's error.
+        least: what counts for the norm of a result that has less.
+    """
     found = []
     for name, value in exact.items():
-        norm = value.norm().item() or 1.0
+        norm = max(value.norm().item(), least) or 1.0
         error, eager_error = ((t[name].double() - value).norm().item() / norm for t in (fused, eager))
-        floor = ROUGHLY_PARAMETERS if name == "dparameters" else ROUGHLY
-        found.append(Error(name, error, eager_error, 2 * eager_error + floor))
+        allowed = 2 * eager_error + max(floor, ROUGHLY_PARAMETERS if name == "dparameters" else 0)
+        found.append(Error(name, error, eager_error, allowed))
     return found
 
 

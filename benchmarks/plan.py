@@ -131,9 +131,13 @@ def _line(rows: Sequence[Row]) -> str:
     first = rows[0]
     place = (*first.place, first.mode)
     cells = "".join(f"{name:<{width}} " for name, width in zip(place, WIDTHS, strict=True))
-    return cells + ", ".join(
-        f"{row.metric} {row.note}" if row.p50 is None else f"{row.metric} {row.p50:.4g} {row.unit}" for row in rows
-    ) + (f" [{first.note}]" if first.note and first.p50 is not None else "")
+    return (
+        cells
+        + ", ".join(
+            f"{row.metric} {row.note}" if row.p50 is None else f"{row.metric} {row.p50:.4g} {row.unit}" for row in rows
+        )
+        + (f" [{first.note}]" if first.note and first.p50 is not None else "")
+    )
 
 
 @contextmanager

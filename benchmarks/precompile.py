@@ -1,7 +1,7 @@
 """Compile every kernel that `all` launches, in parallel, into Triton's cache: who launches it later compiles nothing.
 
-Modules and networks run on meta tensors, which have no memory, through Triton's own launcher, which compiles but does not
-launch. It takes about 0.6 CPU seconds a kernel, and no GPU: without one, kernels are compiled for an H100. The cache is
+Modules and networks run on meta tensors, which have no memory, through Triton's own launcher, which compiles and does
+not launch. It takes about 0.6 CPU seconds a kernel, and no GPU: without one, kernels are compiled for an H100. The cache is
 where TRITON_CACHE_DIR says.
 """
 
@@ -11,7 +11,6 @@ import argparse
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -44,7 +43,7 @@ class Case(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """What came of a case or a network: the kernels that it launches, those that were not in the cache, and an error."""
+    """What came of a case or a network: the kernels that it launches, those that the cache did not have, an error."""
 
     case: Case | Cell
     kernels: int
@@ -102,16 +101,17 @@ def cases(steps: Sequence[str] = STEPS, kernels: Sequence[str] = tuple(KERNELS))
     """What the steps launch, each once; the networks first, which take longest, then in the order of the steps."""
     found: list[Case | Cell] = []
     if "train" in steps:
-        cells = train.cells(peers=["timm/efficientnet_b0"])
-        found += [c for c in cells if c.provider == "fused" and c.modes == ("train",) and c.dtype == "bf16"]
-        found = [cell for cell in found if cell.fused in kernels]
+        networks = [name for name, rank in train.PEERS.items() if rank == 0]
+        networks += [f"{attention}_{train.RESNET}" for attention in train.ATTENTIONS]
+        cells = train.cells(networks, ["fused"], dtypes=["bf16"], modes=["train"])
+        found += [cell for cell in cells if cell.fused in kernels]
     if "smoke" in steps:
         for family in smoke.FAMILIES:
             found += [Case(family, shape, "bf16", layout, block) for shape, layout, block in smoke.CASES]
     if "speed" in steps:
-        cells = speed.cells(smoke.FAMILIES, ["fused"], BATCHES, LAYOUTS, ["bf16"])
+        cells = speed.cells(KERNELS, ["fused"], BATCHES, LAYOUTS, ["bf16"])
         for cell in sorted(cells, key=lambda cell: cell.rank):
-            found += [Case(cell.kernel, cell.shape, cell.dtype, cell.layout, False)]
+            found += [Case(cell.kernel, cell.shape, cell.dtype, cell.layout, KERNELS[cell.kernel].epilogue)]
         for family in smoke.FAMILIES:
             found += [Case(family, SHAPE, dtype, layout, True) for dtype, layout in CASES]
     return [case for case in dict.fromkeys(found) if isinstance(case, Cell) or case.kernel in kernels]

@@ -1,13 +1,14 @@
 """Processes with a limit each, their output in a log as it comes; none of what they started outlives them.
 
-A process that is not done at its limit gets SIGINT, to end in order. One that does not answer, because a GPU kernel that
-never ends keeps Python waiting, gets SIGABRT, at which it prints where it hangs, and SIGKILL with everything that it
-started. Needs nothing but Python.
+A process that is not done at its limit gets SIGINT, to end in order. One that does not answer, because a GPU kernel
+that never ends keeps Python waiting, gets SIGABRT, at which it prints where it hangs, and SIGKILL with everything that
+it started. Needs nothing but Python.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,7 +42,6 @@ class Step:
     Args:
         limit: seconds that it may take.
         environment: variables beside this process's.
-        raw: a file that gets its output too, as it is.
         meaning: of its exit statuses; of any other it is that the process died.
     """
 
@@ -49,7 +49,6 @@ class Step:
     command: tuple[str, ...]
     limit: float
     environment: Mapping[str, str] = field(default_factory=dict)
-    raw: Path | None = None
     meaning: Mapping[int, str] = field(default_factory=lambda: EXIT_STATUS)
 
 
@@ -136,8 +135,6 @@ class _Process:
             before, kept = kept, kept + len(line)
             if kept <= LOGGED:
                 self._log.say(self.step.name, line.rstrip())
-                if self.step.raw:
-                    append(self.step.raw, line)
             elif before <= LOGGED:
                 self._log.say(self.step.name, f"prints more than {LOGGED >> 10} KB: the rest is left out")
 
@@ -201,3 +198,8 @@ def marked(mark: str) -> list[int]:
             if f"{MARK}={mark}".encode() in path.read_bytes():
                 found.append(int(path.parent.name))
     return [pid for pid in found if pid != os.getpid()]
+
+
+def tool(name: str) -> str | None:
+    """Where one of CUDA's programs is; None where it is not."""
+    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")

@@ -91,7 +91,7 @@ def tiny(cells: Sequence) -> list:
     """The cells with shapes that the interpreter computes in a second; the first of those that then are the same."""
     found = {}
     for cell in cells:
-        n, c, *side = cell.shape
+        _, c, *side = cell.shape
         shape = (2, c, 32, 32) if c == 3 else (2, 16, *(min(s, 8) for s in side))
         small = cell._replace(shape=shape)
         found.setdefault((small.place, small.modes), small)

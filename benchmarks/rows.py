@@ -90,7 +90,7 @@ class Environment(NamedTuple):
     def current(cls, commit: str | None = None) -> Environment:
         return cls(
             torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU",
-            _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0] or "unknown",
+            output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0] or "unknown",
             **provenance.versions(),
             commit=commit or source_commit(),
             command=_PLACES.sub("", provenance.command()),
@@ -108,9 +108,9 @@ class Environment(NamedTuple):
 
 def source_commit() -> str:
     """The commit of the sources; with their digest where they differ from it or there is no repository to ask."""
-    head = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
+    head = output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
     patterns = [f"{folder}/*.py" for folder in SOURCES]
-    if head and not _output("git", "-C", str(ROOT), "status", "--porcelain", "--", *patterns):
+    if head and not output("git", "-C", str(ROOT), "status", "--porcelain", "--", *patterns):
         return head
     digest = hashlib.sha256()
     for path in sorted(path for folder in SOURCES for path in (ROOT / folder).rglob("*.py")):
@@ -160,8 +160,8 @@ class Results:
         except (OSError, ValueError):
             return []
         others = Results(self.path, self.environment)  # under whatever name its process gave it
-        missing = [mode for mode in modes if not others.has(place, [mode])]
-        rows = [row for mode in missing for row in others.fail(place, mode, "the process that measured it hung or died")]
+        note = "the process that measured it hung or died"
+        rows = [row for mode in modes if not others.has(place, [mode]) for row in others.fail(place, mode, note)]
         self.rows += rows
         self._cells.update(row.cell for row in rows)
         return rows
@@ -237,7 +237,7 @@ def _parse(line: list[str]) -> Row:
     return row._replace(**{q: float(v) if (v := getattr(row, q)) else None for q in Quantiles._fields})
 
 
-def _output(*command: str) -> str:
+def output(*command: str) -> str:
     """What a command prints; nothing where it fails or does not exist."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()

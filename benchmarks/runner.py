@@ -19,7 +19,9 @@ from benchmarks.plan import Cell, Costs, Measure, execute
 from benchmarks.rows import RESULTS, WRONG, Environment, Results
 
 UNFINISHED = 3  # the exit status where all is right so far, and cells are left for want of time
-PLAIN = "_plain"  # behind the name of a fused provider: in plain launches, of which no program waits for another
+PLAIN_LAUNCHES = (
+    "_plain_launches"  # behind the name of a fused provider: in plain launches, of which no program waits for another
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser, example: str) -> None:
@@ -74,7 +76,7 @@ def run(
         environment = environment._replace(gpu=rehearsal.GPU)
         cells, pretence = rehearsal.tiny(cells), rehearsal.pretended_gpu()
     path = arguments.out / environment.file_name
-    results = Results(path, environment, [RESULTS / path.name], PLAIN if in_plain_launches() else "")
+    results = Results(path, environment, [RESULTS / path.name], PLAIN_LAUNCHES if in_plain_launches() else "")
     print(f"{environment}\nRows go to {path}.", flush=True)
     for row in results.settle():
         print(f"{' '.join(row.place)} {row.mode}: {row.note}", flush=True)

@@ -97,7 +97,7 @@ class TestRows:
 
     def test_name_the_commit_and_what_differs_from_it(self, monkeypatch):
         answers = {"rev-parse": "0123456789ab", "status": ""}
-        monkeypatch.setattr(rows, "_output", lambda *command: answers[command[3]])
+        monkeypatch.setattr(rows, "output", lambda *command: answers[command[3]])
         assert rows.source_commit() == "0123456789ab"
         answers["status"] = " M attn_kernels/functional.py"
         dirty = rows.source_commit()
@@ -115,7 +115,7 @@ class TestRows:
         assert environment._replace(gpu="NVIDIA H200").file_name == "nvidia_h200.csv"
 
     def test_of_no_program_say_nothing(self):
-        assert rows._output("no-such-program-anywhere") == ""
+        assert rows.output("no-such-program-anywhere") == ""
 
 
 class Clock:
