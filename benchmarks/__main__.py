@@ -44,7 +44,11 @@ def main(argv: Sequence[str]) -> int:
         command.set_defaults(run=module.run)
     asks_for_command = argv and argv[0] in (*COMMANDS, "-h", "--help")
     arguments = parser.parse_args(argv if asks_for_command else [DEFAULT, *argv])
-    return arguments.run(arguments)
+    try:
+        return arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Each module runs forward and backward on the maps of a ResNet-50, in both memory layouts; then a whole network. On a GPU
 the cost is device time. Without one the kernels run in Triton's interpreter on pieces of the maps, and the cost is the
-bytes that they touch and the number of launches. The exit status is 1 if anything disagrees.
+bytes that they touch and the number of launches. Its baseline, eager, is the code that people run, in
+``benchmarks.users``. The exit status is 1 if anything disagrees.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 import reference
 import reference.models
+from benchmarks import users
 from benchmarks.accuracy import Verdict, average, compare
 from benchmarks.device import prepare
 from benchmarks.meter import meter
@@ -156,12 +158,19 @@ def measure(case: Case, feature_maps: Iterable[Tensor]) -> tuple[list[dict[str, 
         exact = [t if t is None else t.double() for t in (x, residual, dy)]
         expected, scales = expect(oracle, *exact)
         count = meter if interpreted else nullcontext
-        eager_results, eager_traffic = forward_backward(eager, x, residual, dy, count)
+        eager_results, _ = forward_backward(eager, x, residual, dy)
         fused_results, fused_traffic = forward_backward(fused, x, residual, dy, count)
         samples.append({t: (fused_results[t], eager_results[t], expected[t], scales[t]) for t in expected})
-    traffic = {"eager": eager_traffic, "fused": fused_traffic} if interpreted else {}
-    seconds = {} if interpreted else _device_times({"eager": eager, "fused": fused}, x, residual, dy)
-    return samples, Cost(tuple(x.shape), x.nbytes, traffic, seconds)
+    modules = {"fused": fused}
+    if users.is_available(case.module):
+        baseline = getattr(users, case.module)(channels).to(x)
+        modules["eager"] = users.AddReLU(baseline) if case.tail else baseline
+    if not interpreted:
+        return samples, Cost(tuple(x.shape), x.nbytes, {}, _device_times(modules, x, residual, dy))
+    traffic = {"fused": fused_traffic}
+    if "eager" in modules:
+        traffic["eager"] = forward_backward(modules["eager"], x, residual, dy, count)[1]
+    return samples, Cost(tuple(x.shape), x.nbytes, traffic, {})
 
 
 def inputs(case: Case, feature_map: Tensor, oracle: nn.Module, seed: int) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -187,7 +196,7 @@ def forward_backward(
     residual = None if residual is None else residual.detach().requires_grad_()
     leaves = {"x": x, **({} if residual is None else {"residual": residual}), **dict(module.named_parameters())}
     with count() as forward:
-        y = module(x, residual, None if residual is None else "relu")
+        y = module(x) if residual is None else module(x, residual, "relu")
     with count() as backward:
         gradients = torch.autograd.grad(y, list(leaves.values()), dy)
     results = {"output": y.detach(), **{f"grad {name}": g for name, g in zip(leaves, gradients, strict=True)}}
@@ -248,8 +257,8 @@ def _device_times(modules: dict[str, nn.Module], x: Tensor, residual: Tensor | N
         for _ in range(input_sets(sum(t.nbytes for t in tensors)))
     ]
     torch.compiler.reset()
-    compiled = torch.compile(copy.deepcopy(modules["eager"]), dynamic=False)
+    if "eager" in modules:
+        modules = {**modules, "compile": torch.compile(copy.deepcopy(modules["eager"]), dynamic=False)}
     return {
-        name: device_time([partial(forward_backward, module, *s) for s in sets])
-        for name, module in {**modules, "compile": compiled}.items()
+        name: device_time([partial(forward_backward, module, *s) for s in sets]) for name, module in modules.items()
     }

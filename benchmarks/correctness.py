@@ -23,7 +23,7 @@ class Wrong(Exception):
     """A fused module disagrees with the reference."""
 
 
-def failure(kernel: str, device: torch.device) -> str | None:
+def failure(kernel: str, device: torch.device, shape: tuple[int, ...] = SHAPE) -> str | None:
     """What is wrong with a kernel on ``device``; None where it is right."""
     from tests import harness  # here, for prepare() has to come before the kernels are imported
 
@@ -31,8 +31,8 @@ def failure(kernel: str, device: torch.device) -> str | None:
         torch.manual_seed(0)
         try:
             harness.check(
-                lambda kit: KERNELS[kernel].build(kit, SHAPE[1]),
-                SHAPE,
+                lambda kit: KERNELS[kernel].build(kit, shape[1]),
+                shape,
                 harness.DTYPES[dtype],
                 layout,
                 device,

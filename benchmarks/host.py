@@ -43,14 +43,14 @@ def run(arguments: argparse.Namespace) -> int:
         caption="Targets on a GPU, launches included: forward 25, forward + backward 60 for SE and SimAM.",
         box=box.SIMPLE_HEAD,
     )
-    for name in ("module", "forward", "forward + backward", "eager forward", "eager forward + backward"):
+    for name in ("module", "forward", "forward + backward", "reference forward", "reference forward + backward"):
         table.add_column(name, justify="right" if table.columns else "left")
     for name in arguments.modules:
         channels = () if name == "SimAM" else (SHAPE[1],)
         with no_launches():
             fused = measure(getattr(attn_kernels, name)(*channels), arguments.calls)
-        eager = measure(getattr(reference, name)(*channels), arguments.calls)
-        table.add_row(name, *(f"{microseconds:.0f}" for microseconds in (*fused, *eager)))
+        plain = measure(getattr(reference, name)(*channels), arguments.calls)
+        table.add_row(name, *(f"{microseconds:.0f}" for microseconds in (*fused, *plain)))
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     console.print(table)
     found = ", ".join(f"{package} {version}" for package, version in versions().items())

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from benchmarks.rows import FAILED, RESULTS, Row, read
 from benchmarks.shapes import DTYPES, KERNELS, MODES
-from benchmarks.train import ATTENTIONS, PLAIN, PROVIDERS, SETTINGS
 from benchmarks.train import MODES as STEPS
+from benchmarks.train import NETWORKS, PEERS, PROVIDERS, SETTINGS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,9 +24,10 @@ COLORS = {
     "fused_compile": "#7cc6a4",
     BEST: "#d1761f",
     "compile": "#d1761f",
-    "reference": "#8a8f98",
+    "eager": "#8a8f98",
 }
-NAMES = {"reference": "eager", "compile": "torch.compile", "fused_compile": "fused, torch.compile"}
+NAMES = {"compile": "torch.compile", "fused_compile": "fused, torch.compile"}
+EAGER = "eager and torch.compile: timm's SE and CBAM, the published BAM and SimAM"
 MARKERS = {"channels_last": "o", "contiguous": "s"}
 NOT_MEASURED = "not measured"
 
@@ -80,9 +81,9 @@ class Measured:
         ]
 
     def taxes(self, mode: str, dtype: str) -> dict[tuple[str, str], Row]:
-        """By attention and provider."""
+        """By network and provider."""
         return {
-            (row.kernel.removesuffix(f"_{PLAIN}"), row.provider): row
+            (row.kernel, row.provider): row
             for (_, row_mode, metric), row in self._latest.items()
             if (row_mode, metric, row.dtype) == (mode, "attention_tax", dtype)
         }
@@ -140,7 +141,7 @@ def figures(measured: Measured, mode: str) -> dict[str, Figure]:
             "times",
             1,
         )
-    shares = [p for p in measured.points(mode, "copy_share") if p.provider in ("fused", BEST, "reference")]
+    shares = [p for p in measured.points(mode, "copy_share") if p.provider in ("fused", BEST, "eager")]
     if shares:
         found["bandwidth"] = grid(
             shares,
@@ -213,21 +214,22 @@ def tax(measured: Measured) -> Figure:
         taxes = measured.taxes(mode, dtype)
         shape = next(iter(taxes.values())).shape
         ax.set_title(f"{mode}, {dtype} {SETTINGS[dtype][0]}, {shape}", fontsize=10)
-        ax.set_xticks(range(len(ATTENTIONS)), ATTENTIONS)
-        ax.set_ylabel(f"ms a step above {PLAIN}")
-        ax.set_xlim(-0.6, len(ATTENTIONS) - 0.4)
+        networks = [name for name in NETWORKS if name not in PEERS or any(name == found for found, _ in taxes)]
+        ax.set_xticks(range(len(networks)), [name.replace("_", "\n", 1) for name in networks], fontsize=8)
+        ax.set_ylabel("ms per step above the network without attention")
+        ax.set_xlim(-0.6, len(networks) - 0.4)
         ax.axhline(0, color="black", linewidth=0.8)
         ax.grid(axis="y", linewidth=0.3)
         ax.set_axisbelow(True)
         for i, provider in enumerate(PROVIDERS):
-            for j, attention in enumerate(ATTENTIONS):
+            for j, network in enumerate(networks):
                 x = j + (i - (len(PROVIDERS) - 1) / 2) * width
-                if (row := taxes.get((attention, provider))) is None:
+                if (row := taxes.get((network, provider))) is None:
                     ax.text(x, 0, f" {NOT_MEASURED}", rotation=90, fontsize=7, ha="center", va="bottom", color="gray")
                     continue
                 spread = [[row.p50 - row.p20], [row.p80 - row.p50]]
                 ax.bar(x, row.p50, width * 0.92, yerr=spread, color=COLORS[provider], error_kw={"linewidth": 0.8})
-    title = f"Attention tax: the time that attention adds to a step of {PLAIN} computed in the same way"
+    title = "Attention tax: the time that attention adds to a step of the network computed in the same way"
     _frame(figure, title, list(PROVIDERS), [], measured)
     return figure
 
@@ -241,4 +243,4 @@ def _frame(figure: Figure, title: str, providers: Sequence[str], layouts: Sequen
     handles += [Line2D([], [], marker=MARKERS[m], color="black", linestyle="", ms=5, label=m) for m in layouts]
     style = {"frameon": False, "fontsize": 9, "title_fontsize": 12}
     figure.legend(handles=handles, title=title, loc="outside upper center", ncols=len(handles), **style)
-    figure.supxlabel(measured.caption(), fontsize=7, color="#555555")
+    figure.supxlabel(f"{EAGER}\n{measured.caption()}", fontsize=7, color="#555555")

@@ -1,8 +1,8 @@
 """Compile every kernel that `all` launches, in parallel, into Triton's cache: who launches it later compiles nothing.
 
 Modules and networks run on meta tensors, which have no memory, through Triton's own launcher, which compiles and does
-not launch. It takes about 0.6 CPU seconds a kernel, and no GPU: without one, kernels are compiled for an H100. The cache is
-where TRITON_CACHE_DIR says.
+not launch. It takes about 0.6 CPU seconds per kernel, and no GPU: without one, kernels are compiled for an H100. The
+cache is where TRITON_CACHE_DIR says.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def append(path: Path, text: str) -> bool:
     return True
 
 
-def run(steps: Sequence[Step], log: Log, ended: Callable[[Ended], None] = lambda end: None) -> list[Ended]:
+def run_all(steps: Sequence[Step], log: Log, ended: Callable[[Ended], None] = lambda end: None) -> list[Ended]:
     """Run steps side by side until all have ended; ``ended`` hears of each at once."""
     running = [_Process(step, log) for step in steps]
     found, heartbeat = [], time.monotonic() + HEARTBEAT

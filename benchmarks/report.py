@@ -15,6 +15,7 @@ from benchmarks.accuracy import Verdict
 from benchmarks.meter import Traffic
 
 NOT_MEASURED = "not measured"
+EAGER = "eager: timm's SE and CBAM, the published BAM and SimAM, in the dtype of x"
 
 
 class Case(NamedTuple):
@@ -28,7 +29,10 @@ class Case(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What one case costs: traffic (forward, backward) in the interpreter, device seconds on a GPU."""
+    """What one case costs: traffic (forward, backward) in the interpreter, device seconds on a GPU.
+
+    By provider: "fused", and where timm is installed "eager"; "compile" has seconds alone.
+    """
 
     shape: tuple[int, ...]
     bytes_of_x: int
@@ -59,12 +63,12 @@ def accuracy_table(findings: Sequence[Finding], modules: Iterable[str], dtypes: 
     """A row a tensor, with the verdict nearest to its limit for each dtype."""
     table = _table(
         "Greatest error against float64 relative to the tensor's size, where it is nearest to what is allowed",
-        "share: of what is allowed, twice the eager reference's error and one unit in the last place of the largest "
-        "element; means over the draws",
+        "share: of what is allowed, twice the reference's error in that dtype and one unit in the last place of the "
+        "largest element; means over the draws",
     )
     _columns(table, "module", "tensor")
     for dtype in dtypes:
-        _columns(table, f"{dtype} fused", "eager", "share", justify="right")
+        _columns(table, f"{dtype} fused", "reference", "share", justify="right")
     _columns(table, "verdict")
     for module in modules:
         table.add_section()
@@ -84,39 +88,49 @@ def accuracy_table(findings: Sequence[Finding], modules: Iterable[str], dtypes: 
 def traffic_table(costs: dict[Case, Cost]) -> Table:
     table = _table(
         f"Bytes touched in units of x ({_dtype(costs)}), forward + backward, and kernel launches",
-        "small maps: what does not grow with x (parameters, gates) weighs more than on a whole map",
+        f"{EAGER}; small maps: what does not grow with x (parameters, gates) weighs more than on a whole map",
     )
     _columns(table, "module", "map", "layout", "tail")
     _columns(table, "eager", "launches", "fused", "launches", "eager / fused", "time on a GPU", justify="right")
     for case, cost in costs.items():
         cells = []
-        for passes in cost.traffic.values():
+        for passes in map(cost.traffic.get, ("eager", "fused")):
+            if passes is None:
+                cells += [NOT_MEASURED] * 2
+                continue
             cells.append(" + ".join(f"{traffic.touched / cost.bytes_of_x:.1f}" for traffic in passes))
             cells.append(" + ".join(str(traffic.launches) for traffic in passes))
-        eager, fused = (sum(traffic.touched for traffic in passes) for passes in cost.traffic.values())
-        table.add_row(*_place(case, cost), *cells, f"{eager / fused:.1f}", NOT_MEASURED)
+        touched = {name: sum(traffic.touched for traffic in passes) for name, passes in cost.traffic.items()}
+        table.add_row(*_place(case, cost), *cells, _ratio(touched, "eager", digits=1), NOT_MEASURED)
     return table
 
 
 def time_table(costs: dict[Case, Cost]) -> Table:
-    ratios = [[cost.seconds[name] / cost.seconds["fused"] for name in ("eager", "compile")] for cost in costs.values()]
-    over_eager, over_compile = map(statistics.geometric_mean, zip(*ratios, strict=True))
-    table = _table(
-        f"Device time of forward + backward in microseconds ({_dtype(costs)})",
-        f"geometric means: {over_eager:.2f} times as fast as eager, {over_compile:.2f} as torch.compile",
-    )
+    ratios = [
+        [cost.seconds[name] / cost.seconds["fused"] for name in ("eager", "compile")]
+        for cost in costs.values()
+        if "eager" in cost.seconds
+    ]
+    means = ""
+    if ratios:
+        over_eager, over_compile = map(statistics.geometric_mean, zip(*ratios, strict=True))
+        means = f"geometric means: {over_eager:.2f} times as fast as eager, {over_compile:.2f} as torch.compile\n"
+    table = _table(f"Device time of forward + backward in microseconds ({_dtype(costs)})", means + EAGER)
     _columns(table, "module", "map", "layout", "tail")
     _columns(table, "eager", "torch.compile", "fused", "eager / fused", "compile / fused", justify="right")
-    for (case, cost), row in zip(costs.items(), ratios, strict=True):
-        times = (f"{cost.seconds[name] * 1e6:.1f}" for name in ("eager", "compile", "fused"))
-        table.add_row(*_place(case, cost), *times, *(f"{ratio:.2f}" for ratio in row))
+    for case, cost in costs.items():
+        seconds = cost.seconds
+        times = (
+            f"{seconds[name] * 1e6:.1f}" if name in seconds else NOT_MEASURED for name in ("eager", "compile", "fused")
+        )
+        table.add_row(*_place(case, cost), *times, *(_ratio(seconds, name) for name in ("eager", "compile")))
     return table
 
 
 def network_line(verdict: Verdict) -> Text:
     return Text.assemble(
         "se_resnet_50 on the photograph, the reference's weights loaded with strict=True: logits off by "
-        f"{_error(verdict.error)} of the largest (eager {_error(verdict.eager_error)}, "
+        f"{_error(verdict.error)} of the largest (the reference {_error(verdict.eager_error)}, "
         f"allowed {_error(verdict.allowed)}): ",
         _ok(verdict.ok),
     )
@@ -158,6 +172,11 @@ def _short(tensor: str) -> str:
 
 def _error(value: float) -> str:
     return f"{value:.1e}"
+
+
+def _ratio(values: dict[str, float], name: str, digits: int = 2) -> str:
+    """One provider's value over that of fused."""
+    return f"{values[name] / values['fused']:.{digits}f}" if name in values else NOT_MEASURED
 
 
 def _share(value: float) -> str:

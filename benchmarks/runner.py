@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.correctness import SHAPE, failure
 from benchmarks.device import prepare
 from benchmarks.plan import Cell, Costs, Measure, execute
 from benchmarks.rows import RESULTS, WRONG, Environment, Results
@@ -69,12 +70,12 @@ def run(
         return 2
     device = prepare()
     environment = Environment.current(arguments.commit)
-    cells, pretence = plan(), nullcontext()
+    cells, pretence, shape = plan(), nullcontext(), SHAPE
     if rehearse:
         from benchmarks import rehearsal
 
         environment = environment._replace(gpu=rehearsal.GPU)
-        cells, pretence = rehearsal.tiny(cells), rehearsal.pretended_gpu()
+        cells, pretence, shape = rehearsal.tiny(cells), rehearsal.pretended_gpu(), rehearsal.SHAPE
     path = arguments.out / environment.file_name
     results = Results(path, environment, [RESULTS / path.name], PLAIN_LAUNCHES if in_plain_launches() else "")
     print(f"{environment}\nRows go to {path}.", flush=True)
@@ -82,7 +83,7 @@ def run(
         print(f"{' '.join(row.place)} {row.mode}: {row.note}", flush=True)
     pending = [cell for cell in cells if not results.has(cell.place, cell.modes)]
     with pretence:
-        right = mark_wrong(pending, results, device)
+        right = mark_wrong(pending, results, device, shape)
         try:
             outcome = execute(cells, measures, results, Costs(priors), start + 60 * arguments.minutes)
         except RuntimeError as error:
@@ -92,19 +93,17 @@ def run(
     return UNFINISHED if outcome.left else 0 if right and not outcome.failed else 1
 
 
-def mark_wrong(cells: Sequence[Cell], results: Results, device: torch.device) -> bool:
+def mark_wrong(cells: Sequence[Cell], results: Results, device: torch.device, shape: tuple[int, ...]) -> bool:
     """Check each kernel that cells need to be right; where it is not, leave a row that says so and mark theirs."""
-    from benchmarks.correctness import SHAPE, failure  # here, for prepare() has to come before
-
     kernels = dict.fromkeys(cell.fused for cell in cells if cell.fused)
     right = True
     for kernel in kernels:
-        place = kernel, "fused", "x".join(map(str, SHAPE)), "all", "all"
+        place = kernel, "fused", "x".join(map(str, shape)), "all", "all"
         if results.has(place, ["correctness"]):  # found wrong, or fatal, before
             message = "found before"
         else:
             with results.running(place, ["correctness"]):
-                message = failure(kernel, device)
+                message = failure(kernel, device, shape)
             if message:
                 results.fail(place, "correctness", f"{WRONG}: {message}")
         if message:

@@ -30,6 +30,7 @@ class Kernel(NamedTuple):
     backward: int
     stages: Iterable[tuple[int, int, int | None]] = RESNET_50
     options: dict[str, str] = {}  # noqa: RUF012
+    epilogue: bool = False  # relu(module(x) + residual), the end of a residual block; its mask of a bit is not counted
 
     def floors(self, bytes_of_x: int) -> dict[str, int]:
         """The bytes that each mode moves at least."""
@@ -37,7 +38,7 @@ class Kernel(NamedTuple):
         return {mode: count * bytes_of_x for mode, count in zip(MODES, counts, strict=True)}
 
     def build(self, kit, channels: int, side: int | None = None) -> nn.Module:
-        """From ``reference``, or from ``attn_kernels``, which has the same constructors."""
+        """From ``reference``, or from ``attn_kernels`` or ``benchmarks.users``, which have the same constructors."""
         hidden = self.hidden(channels, side)
         options = self.options if hidden is None else {**self.options, "hidden_channels": hidden}
         return getattr(kit, self.module)(channels, **options)
@@ -49,9 +50,10 @@ class Kernel(NamedTuple):
 
 KERNELS = {
     "se": Kernel("SE", 2, 3),
+    "se_add_relu": Kernel("SE", 3, 4, epilogue=True),
     "cbam": Kernel("CBAM", 3, 5),
-    "bam": Kernel("BAM", 3, 5),
     "simam": Kernel("SimAM", 2, 3),
+    "bam": Kernel("BAM", 3, 5),
     "se_efficientnet_b0": Kernel("SE", 2, 3, EFFICIENTNET_B0, {"activation": "silu"}),
     "se_mobilenet_v3": Kernel("SE", 2, 3, MOBILENET_V3_LARGE, {"gate": "hardsigmoid"}),
 }

@@ -25,6 +25,7 @@ from benchmarks import timing
 from benchmarks.correctness import judge, results
 from benchmarks.device import prepare
 from benchmarks.process import append
+from benchmarks.rehearsal import SHAPE
 from benchmarks.runner import in_plain_launches, what_is_missing
 from benchmarks.shapes import KERNELS, LAYOUTS
 
@@ -39,6 +40,7 @@ CASES = (
     ((32, 1024, 14, 14), "channels_last", True),
     ((32, 2048, 7, 7), "channels_last", True),
 )
+TINY = ((SHAPE, "channels_last", True), (SHAPE, "contiguous", False))  # in the interpreter
 COPIED = 2**26  # elements of the tensor that is copied beside
 GRAPH_ERROR = 1e-2  # of the norm, where a graph's own convolutions may round otherwise
 
@@ -51,9 +53,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--replays", type=int, default=20, help="of a CUDA graph (default: 20)")
     parser.add_argument("--streams", action="store_true", help="and on two streams at once, as often")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU: tiny shapes in the interpreter")
-
-
-TINY = (((2, 16, 4, 4), "channels_last", True), ((2, 16, 4, 4), "contiguous", False))  # in the interpreter
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -71,6 +70,9 @@ def run(arguments: argparse.Namespace) -> int:
         for case in TINY if a.rehearse else CASES:
             try:
                 bad += one(family, *case, device, say, a.repeats, a.replays, a.streams)
+            except Stalled:
+                bad += 1
+                break
             except Exception as error:  # the other shapes are still to be seen
                 bad += 1
                 say("error", case, ok=False, message=f"{type(error).__name__}: {error}"[:400])
@@ -81,6 +83,10 @@ def run(arguments: argparse.Namespace) -> int:
                     return 4  # as if it had died: another process has to go on
         say("end", ok=not bad)
     return 1 if bad else 0
+
+
+class Stalled(Exception):
+    """Results are NaN: the rest of the shapes is not worth the time."""
 
 
 class Say:
@@ -117,8 +123,11 @@ def one(
     start = time.monotonic()
     got = results(fused, *tensors)
     synchronize(device)
-    # NaN that the reference does not have may be a wait that was given up: it ends late, and what it missed is NaN.
-    say("ran", case, took=round(time.monotonic() - start, 3), nan=sum(t.isnan().any().item() for t in got.values()))
+    nan = [name for name, value in got.items() if value.isnan().any()]
+    say("ran", case, took=round(time.monotonic() - start, 3))
+    if nan:  # perhaps a wait that was given up after seconds: sixty times is too much
+        say("error", case, ok=False, wrong=[f"NaN in {', '.join(nan)}"])
+        raise Stalled
     errors = judge(got, eager, *tensors)
     wrong = [str(error) for error in errors if not error.ok]
     say("error", case, ok=not wrong, wrong=wrong, errors={e.name: [f"{e.fused:.1e}", f"{e.eager:.1e}"] for e in errors})

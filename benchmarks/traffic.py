@@ -1,5 +1,6 @@
 """Bytes that every module moves, counted without a GPU: eager PyTorch, torch.compile and the fused kernels.
 
+eager is the code that people run (``benchmarks.users``) with its parameters in x's dtype; torch.compile compiles that.
 Touched bytes are those of all loads and stores, in units of N, the bytes of x; distinct ones count once a launch, as
 in Inductor's accounting and in eager's. DRAM bytes are what is left of the touched behind a model of the device's L2:
 an LRU over 32-byte sectors, empty before and written back after forward and backward each, at half the nominal
@@ -24,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
@@ -35,7 +37,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor, nn
 
-import reference
+from benchmarks import users
 from benchmarks.cache import Cache
 from benchmarks.check import DTYPES, LAYOUTS, forward_backward
 from benchmarks.meter import Traffic, meter
@@ -213,6 +215,9 @@ def cases(arguments: argparse.Namespace) -> Iterator[Case]:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if absent := [op for op in arguments.op if not users.is_available(OPS[op].module)]:
+        print(f"python -m benchmarks traffic needs timm for {', '.join(absent)}: it is not installed.", file=sys.stderr)
+        return 2
     os.environ["TRITON_INTERPRET"] = "1"  # for the workers; on a machine with a GPU too
     todo = list(cases(arguments))
     compiled = not arguments.no_compile
@@ -255,13 +260,13 @@ def measure(case: Case, compiled: bool = True) -> Result:
     import attn_kernels  # here, for TRITON_INTERPRET has to be set before
 
     device, op = DEVICES[case.device], OPS[case.op]
+    dtype, layout = DTYPES[case.dtype], LAYOUTS[case.layout]
     torch.manual_seed(0)
-    eager, fused = (
-        getattr(kit, op.module)(case.shape[1]).train(case.mode == "train") for kit in (reference, attn_kernels)
-    )
-    x, residual, dy = (
-        torch.randn(case.shape).to(DTYPES[case.dtype]).contiguous(memory_format=LAYOUTS[case.layout]) for _ in range(3)
-    )
+    fused, eager = (getattr(kit, op.module)(case.shape[1]) for kit in (attn_kernels, users))
+    eager = (users.AddReLU(eager) if op.tail else eager).to(dtype=dtype, memory_format=layout)
+    for module in (fused, eager):
+        module.train(case.mode == "train")
+    x, residual, dy = (torch.randn(case.shape).to(dtype).contiguous(memory_format=layout) for _ in range(3))
     passes_of = partial(_passes, x=x, residual=residual if op.tail else None, dy=dy, mode=case.mode)
     capacity = int(device.l2 * MB / 2 * case.slice)
 
@@ -289,7 +294,7 @@ def _passes(
     if mode == "train":
         return forward_backward(module, x, residual, dy, count)[1]
     with torch.no_grad(), count() as traffic:
-        module(x, residual, None if residual is None else "relu")
+        module(x) if residual is None else module(x, residual, "relu")
     return (traffic,)
 
 
@@ -315,8 +320,9 @@ def traffic_table(results: Sequence[Result]) -> Table:
     first = results[0].case
     table = Table(
         title=f"Bytes in units of x ({first.dtype}), forward + backward in training; DRAM: behind {first.device}'s L2",
-        caption=f"A device's and a batch of {BATCH}'s slice runs; the budget is of distinct bytes, + {SMALL:.0%} for "
-        "what is not full-size. What eager and the fused module leave to PyTorch counts operands once.",
+        caption=f"A slice of the device and of a batch of {BATCH} runs; the budget is of distinct bytes, + {SMALL:.0%} "
+        "for what is not full-size. eager: timm's SE and CBAM, the published BAM and SimAM; compile: the same under "
+        "torch.compile. PyTorch's own operators count each operand once.",
         box=box.SIMPLE_HEAD,
     )
     for name in ("op", "runs", "slice", "layout", "mode"):
@@ -373,7 +379,7 @@ COUNTS = [f"{what}_{direction}" for what in Pass._fields for direction in DIRECT
 def save(results: Iterable[Result], path: Path) -> None:
     """A row a provider of a case."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    where = {**versions(), "reference": _reference(), "commit": commit(), "command": command()}
+    where = {**versions(), **_users(), "commit": commit(), "command": command()}
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*PLACE, "stage", "slice", "l2", "provider", *COUNTS, *where])
@@ -389,7 +395,7 @@ def save(results: Iterable[Result], path: Path) -> None:
 
 
 def recorded(path: Path) -> dict[tuple[str, ...], list[Pass]]:
-    """What torch.compile touched, by place: with the same PyTorch and reference it need not compile again."""
+    """What torch.compile touched, by place: with the same PyTorch, timm and users' code it need not compile again."""
     if not path.is_file():
         return {}
     with path.open(newline="", encoding="utf-8") as file:
@@ -401,14 +407,14 @@ def recorded(path: Path) -> dict[tuple[str, ...], list[Pass]]:
             if row[f"touched_{direction}"]
         ]
         for row in rows
-        if (row["torch"], row["reference"]) == (versions()["torch"], _reference())
+        if {"torch": versions()["torch"], **_users()}.items() <= row.items()
     }
 
 
-def _reference() -> str:
-    """A digest of the reference's sources."""
-    files = sorted(Path(reference.__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+def _users() -> dict[str, str]:
+    """What decides what users' code is: the version of timm, and a digest of what is written here."""
+    digest = hashlib.sha256(Path(users.__file__).read_bytes()).hexdigest()[:12]
+    return {"timm": version("timm"), "users": digest}
 
 
 def _number(value: float | None) -> str:
@@ -449,8 +455,9 @@ def draw(results: Sequence[Result], path: Path) -> None:
     figure.suptitle("Memory traffic of a training step (mean over slices of ResNet-50's four stages)", fontsize=13)
     found = ", ".join(f"{package} {version}" for package, version in versions().items())
     figure.supxlabel(
-        f"{case.dtype}, {runs}\nCounted without a GPU: operand sizes (eager), Inductor's accounting (torch.compile), "
-        f"every sector once a launch (fused)\n{found}, commit {commit()}, {command()}",
+        f"{case.dtype}, {runs}; eager: timm's SE and CBAM, published BAM and SimAM; torch.compile: the same, compiled\n"
+        "Counted without a GPU: operand sizes (eager), Inductor's accounting (torch.compile), "
+        f"every sector once a launch (fused)\n{found}, timm {version('timm')}, commit {commit()}, {command()}",
         fontsize=8,
         color="0.35",
     )

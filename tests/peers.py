@@ -8,21 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.users import BAM, Flatten
+from benchmarks.users import simam_module as simam_module
+
 
 class jongchan:
     """Jongchan/attention-module: MODELS/bam.py and MODELS/cbam.py."""
-
-    class Flatten(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x.reshape(x.shape[0], -1)
 
     class ChannelGate(nn.Module):
         def __init__(self, channels: int, reduction: int = 16, pool_types=("avg", "max")):
             super().__init__()
             hidden = channels // reduction
-            self.mlp = nn.Sequential(
-                jongchan.Flatten(), nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels)
-            )
+            self.mlp = nn.Sequential(Flatten(), nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels))
             self.pool_types = list(pool_types)
 
         def forward(self, x: Tensor) -> Tensor:
@@ -62,46 +59,7 @@ class jongchan:
             x = self.ChannelGate(x)
             return x if self.no_spatial else self.SpatialGate(x)
 
-    class BAM(nn.Module):
-        """Averages the leading H x H part of each plane, as published."""
-
-        def __init__(self, channels: int, reduction: int = 16):
-            super().__init__()
-            hidden = channels // reduction
-            channel = OrderedDict(
-                flatten=jongchan.Flatten(),
-                gate_c_fc_0=nn.Linear(channels, hidden),
-                gate_c_bn_1=nn.BatchNorm1d(hidden),
-                gate_c_relu_1=nn.ReLU(),
-                gate_c_fc_final=nn.Linear(hidden, channels),
-            )
-            spatial = OrderedDict(gate_s_conv_reduce0=nn.Conv2d(channels, hidden, 1))
-            spatial["gate_s_bn_reduce0"], spatial["gate_s_relu_reduce0"] = nn.BatchNorm2d(hidden), nn.ReLU()
-            for i in range(2):
-                spatial[f"gate_s_conv_di_{i}"] = nn.Conv2d(hidden, hidden, 3, padding=4, dilation=4)
-                spatial[f"gate_s_bn_di_{i}"], spatial[f"gate_s_relu_di_{i}"] = nn.BatchNorm2d(hidden), nn.ReLU()
-            spatial["gate_s_conv_final"] = nn.Conv2d(hidden, 1, 1)
-            self.channel_att, self.spatial_att = nn.Module(), nn.Module()
-            self.channel_att.gate_c = nn.Sequential(channel)
-            self.spatial_att.gate_s = nn.Sequential(spatial)
-
-        def forward(self, x: Tensor) -> Tensor:
-            channel = self.channel_att.gate_c(F.avg_pool2d(x, x.shape[2], x.shape[2]))[:, :, None, None]
-            return x * (1 + torch.sigmoid(channel * self.spatial_att.gate_s(x)))
-
-
-class simam_module(nn.Module):
-    """ZjjConan/SimAM: networks/attentions/simam_module.py."""
-
-    def __init__(self, channels=None, e_lambda=1e-4):
-        super().__init__()
-        self.activaton = nn.Sigmoid()
-        self.e_lambda = e_lambda
-
-    def forward(self, x: Tensor) -> Tensor:
-        n = x.shape[2] * x.shape[3] - 1
-        d = (x - x.mean((2, 3), keepdim=True)).pow(2)
-        return x * self.activaton(d / (4 * (d.sum((2, 3), keepdim=True) / n + self.e_lambda)) + 0.5)
+    BAM = BAM
 
 
 class moskomule:

@@ -6,6 +6,7 @@ import math
 import sys
 import types
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,13 +15,13 @@ import pytest
 import torch
 from torch import nn
 
-import reference
+import reference.models
 from benchmarks import all as everything
-from benchmarks import correctness, plan, plot, rehearsal, rows, runner, speed, speed_of_light, timing, train
+from benchmarks import correctness, plan, plot, rehearsal, rows, runner, speed, speed_of_light, timing, train, users
 from benchmarks.__main__ import main
 from benchmarks.plan import Cell, Costs, execute
 from benchmarks.rows import Environment, Measurement, Results, Row, read
-from benchmarks.shapes import KERNELS, MODES, bytes_of
+from benchmarks.shapes import DTYPES, KERNELS, LAYOUTS, MODES, bytes_of
 from benchmarks.timing import Quantiles
 
 MADE_UP = Path(__file__).parent / "data" / "made_up.csv"  # no GPU has measured any of it
@@ -221,21 +222,65 @@ class TestPlan:
             assert (cell.fused is not None) == (cell.provider in ("fused", "fused_compile"))
             assert cell.fused in (None, *KERNELS)
 
-    def test_begins_with_what_tells_most(self):
-        first = [cell for cell in everything.plan() if cell.rank == 0]
-        assert {cell.kernel for cell in first} == {
-            "se", "cbam", "bam", "simam",
-            "resnet50", "se_resnet50", "cbam_resnet50", "bam_resnet50", "simam_resnet50",
-        }  # fmt: skip
-        assert {cell.provider for cell in first} == {"copy", "fused", "compile", "reference"}
-        assert {cell.dtype for cell in first} == {"bf16"}
+    def test_of_speed_begins_with_what_tells_most(self):
+        cells = sorted(speed.cells(), key=lambda cell: cell.rank)
+        first = list(itertools.product(speed.RESNET_50, ["se", "se_add_relu", "cbam", "simam", "bam"]))
+        compared = ["copy", "fused", "eager", "compile"]
+        expected = [
+            (kernel, provider, (batch, channels, side, side), layout, "bf16")
+            for batch in (32, 256)
+            for layout in ("channels_last", "contiguous")
+            for (channels, side, _), kernel in first
+            for provider in compared
+        ]
+        assert [(c.kernel, c.provider, c.shape, c.layout, c.dtype) for c in cells[: len(expected)]] == expected
+        tuned = [cell.provider == "compile_max_autotune" for cell in cells]
+        assert tuned == sorted(tuned)
+
+    def test_of_train_begins_with_what_tells_most(self):
+        networks = ["resnet50", "se_resnet50", "cbam_resnet50", "simam_resnet50", "bam_resnet50"]
+        networks += ["timm/efficientnet_b0_plain", "timm/efficientnet_b0"]
+        cells = sorted(train.cells(), key=lambda cell: cell.rank)
+        for providers in (("eager", "fused"), ("compile", "fused_compile")):
+            expected = [
+                (network, provider)
+                for network in networks
+                for provider in providers
+                if provider not in train.FUSED or network != train.plain_of(network)
+            ]
+            first, cells = cells[: len(expected)], cells[len(expected) :]
+            assert [(cell.kernel, cell.provider) for cell in first] == expected
+            assert {(*cell.modes, cell.dtype, cell.shape[0]) for cell in first} == {("train", "bf16", 128)}
 
     def test_measures_a_plain_network_before_its_tax(self):
         seen = set()
         for cell in sorted(train.cells(), key=lambda cell: cell.rank):
-            plain = train.PLAIN_PROVIDER[cell.provider], cell.dtype, cell.modes
-            seen |= {plain} if cell.kernel == train.PLAIN else set()
+            plain = train.plain_of(cell.kernel), train.PLAIN_PROVIDER[cell.provider], cell.dtype, cell.modes
+            seen |= {plain} if cell.kernel == plain[0] else set()
             assert plain in seen
+
+    def test_holds_the_plain_network_of_what_is_asked_for(self):
+        cells = train.cells(["simam_resnet50", "timm/seresnet50"], ["fused_compile"], [8], ["bf16"], ["train"])
+        assert [(cell.kernel, cell.provider) for cell in cells] == [
+            ("resnet50", "compile"),
+            ("simam_resnet50", "fused_compile"),
+            ("timm/seresnet50_plain", "compile"),
+            ("timm/seresnet50", "fused_compile"),
+        ]
+
+    def test_leaves_out_what_is_not_installed(self, monkeypatch):
+        for module in (users, train):
+            monkeypatch.setattr(module, "find_spec", lambda name: None)
+        assert {c.kernel for c in speed.cells(batches=[32]) if c.provider == "eager"} == {"simam", "bam"}
+        assert {c.kernel for c in speed.cells(batches=[32]) if c.provider == "reference"} == set(KERNELS)
+        found = {(cell.kernel, cell.provider) for cell in train.cells(modes=["train"], dtypes=["bf16"])}
+        assert {name for name, provider in found if provider == "eager"} == {
+            "resnet50",
+            "bam_resnet50",
+            "simam_resnet50",
+        }
+        assert ("se_resnet50", "fused") in found
+        assert not any("/" in name for name, _ in found)
 
     @pytest.mark.parametrize(("kernel", "stages"), [("se_efficientnet_b0", 10), ("se_mobilenet_v3", 6)])
     def test_gives_the_gates_of_other_networks_their_size(self, kernel, stages):
@@ -255,6 +300,17 @@ class TestCommands:
         assert out == ""
         assert err.count("\n") == 1
         assert "needs an NVIDIA GPU" in err
+
+    def test_select_single_steps(self, monkeypatch):
+        asked = []
+        monkeypatch.setattr(runner, "run", lambda plan, *args: asked.append(plan()) or 0)
+        command = "speed --kernels se_add_relu --providers eager --batches 32 --dtypes bf16 --layouts contiguous"
+        assert main(f"{command} --minutes 1 --out somewhere --commit abc".split()) == 0
+        command = "train --networks se_resnet50 --providers fused --batches 64 --dtypes bf16 --modes train"
+        assert main(f"{command} --minutes 1 --out somewhere --commit abc".split()) == 0
+        assert [{cell.kernel for cell in cells} for cells in asked] == [{"se_add_relu"}, {"resnet50", "se_resnet50"}]
+        assert [len(cells) for cells in asked] == [4, 2]
+        assert {cell.shape[0] for cell in asked[1]} == {64}
 
     @pytest.mark.parametrize("command", ["speed", "train", "all", "plot"])
     def test_show_an_example(self, command, capsys):
@@ -338,11 +394,11 @@ class TestTiming:
 
     def test_calls_compute_gradients(self):
         module = nn.Conv2d(3, 4, 1)
-        sets = [(torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 4, 4, 4)) for _ in range(2)]
+        sets = [((torch.randn(2, 3, 4, 4, requires_grad=True),), torch.randn(2, 4, 4, 4)) for _ in range(2)]
         calls = speed.calls(module, list(module.parameters()), sets)
         assert calls.keys() == set(MODES)
         forward, backward, both = ([call() for call in calls[mode](3)] for mode in MODES)
-        for i, (x, dy) in enumerate((sets[0], sets[1], sets[0])):
+        for i, ((x,), dy) in enumerate((sets[0], sets[1], sets[0])):
             y = module(x)
             expected = torch.autograd.grad(y, [x, module.weight, module.bias], dy)
             assert torch.equal(forward[i], y)
@@ -364,12 +420,13 @@ class TestMeasuring:
         ("kernel", "provider"),
         [
             ("se", "copy"),
-            *(("cbam", provider) for provider in ("fused", "reference", "timm")),
-            *(("simam", provider) for provider in ("official", "compile", "fused_compile")),
-            *(("bam", provider) for provider in ("fused", "reference")),
-            *(("se", provider) for provider in ("torchvision", "compile_max_autotune")),
-            *(("se_efficientnet_b0", provider) for provider in ("fused", "timm")),
-            ("se_mobilenet_v3", "torchvision"),
+            *(("cbam", provider) for provider in ("fused", "reference", "eager")),
+            *(("simam", provider) for provider in ("eager", "compile", "fused_compile")),
+            *(("bam", provider) for provider in ("fused", "eager")),
+            *(("se_add_relu", provider) for provider in ("fused", "eager", "reference", "fused_compile")),
+            ("se", "compile_max_autotune"),
+            ("se_efficientnet_b0", "fused"),
+            ("se_mobilenet_v3", "eager"),
         ],
     )
     def test_speed(self, kernel, provider, results, pretended_gpu):
@@ -406,39 +463,44 @@ class TestMeasuring:
         assert saved["fused"] == 0  # planes that a program holds are reduced again
         assert saved["reference"] >= 3 * 2 * 8 * 16 * 4
 
-    def test_refuses_a_wrong_result(self, results, pretended_gpu, monkeypatch):
+    @pytest.mark.parametrize("kernel", ["simam", "se_add_relu"])
+    def test_refuses_a_wrong_result(self, kernel, results, pretended_gpu, monkeypatch):
         import attn_kernels
 
         monkeypatch.setattr(attn_kernels, "SimAM", lambda channels: reference.SimAM(e_lambda=1e-2))
-        cell = a_cell(modes=MODES, kernel="simam", fused="simam")
+        monkeypatch.setattr(attn_kernels, "SE", partial(reference.SE, gate="hardsigmoid"))
+        cell = a_cell(modes=MODES, kernel=kernel, fused=kernel)
         assert "Wrong: y: error" in plan.attempt(cell, speed.measure, results, lambda line: None)
         assert {(row.metric, row.mode) for row in results.rows} == {("failed", mode) for mode in MODES}
 
-    def test_other_libraries_compute_the_same(self, pretended_gpu):
-        for kernel, channels, side in (("se", 256, 56), ("se_efficientnet_b0", 144, 28), ("se_mobilenet_v3", 72, 28)):
-            ours = KERNELS[kernel].build(reference, channels, side)
-            x = torch.randn(2, channels, 3, 3)
-            for provider in ("timm", "torchvision"):
-                cell = a_cell(provider, kernel=kernel, shape=(2, channels, side, side))
-                theirs = speed.build(cell, x.device)
-                for p, q in zip(theirs.parameters(), ours.parameters(), strict=True):
-                    p.data = q.data.view_as(p)
-                torch.testing.assert_close(theirs(x), ours(x))
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_users_code_is_in_the_dtype_and_layout_of_x(self, dtype, layout):
+        cell = a_cell("eager", kernel="bam", shape=(2, 32, 4, 4))._replace(dtype=dtype, layout=layout)
+        module = speed.build(cell, torch.device("cpu"))
+        assert {t.dtype for t in module.parameters()} == {DTYPES[dtype]}
+        for weight in (t for t in module.parameters() if t.dim() == 4):
+            assert weight.is_contiguous(memory_format=LAYOUTS[layout])
+        (x,), dy = speed.inputs(cell, torch.device("cpu"), 0)
+        assert (module(x).dtype, module(x).stride()) == (dy.dtype, dy.stride())
 
-    def test_official_simam_computes_the_same(self):
-        x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
-        torch.testing.assert_close(speed.OfficialSimAM()(x), reference.SimAM()(x))
+    def test_no_rounding_decides_what_the_relu_lets_through(self):
+        cell = a_cell(kernel="se_add_relu", shape=(2, 16, 32, 32))._replace(dtype="bf16")
+        (x, residual), _ = speed.inputs(cell, torch.device("cpu"), 0)
+        assert 0.4 < (residual < 0).float().mean() < 0.6
+        for gate in (0.01, 0.99):
+            assert torch.equal(x * gate + residual > 0, x.double() * gate + residual > 0)
 
     @pytest.mark.parametrize(("mode", "dtype"), [("train", "bf16"), ("inference", "fp32")])
     def test_train(self, mode, dtype, results, pretended_gpu, monkeypatch):
         monkeypatch.setattr(train, "DEPTH", 18)
         monkeypatch.setattr(timing, "STEPS", 1)
         monkeypatch.setattr(timing, "WARM_STEPS", 0)
-        cells = [cell for cell in train.cells(["se"], 2, 32, ()) if cell.modes == (mode,) and cell.dtype == dtype]
+        cells = train.cells(["se_resnet50"], batches=[2], dtypes=[dtype], modes=[mode], image_size=32)
         assert len(cells) == 6
         for cell in cells:
             is_quick = cell.provider not in train.COMPILED
-            if is_quick or (mode, dtype, cell.kernel) == ("inference", "fp32", train.PLAIN):
+            if is_quick or (mode, dtype, cell.kernel) == ("inference", "fp32", train.RESNET):
                 assert plan.attempt(cell, train.measure, results, lambda line: None) is None
         network = next(cell for cell in cells if cell.provider == "fused")
         assert results.find(network.place, mode, "time").p50 == pytest.approx(1)
@@ -446,22 +508,50 @@ class TestMeasuring:
         assert results.find(network.place, mode, "attention_tax") == pytest.approx((0, 0, 0))
         assert results.find(cells[0].place, mode, "attention_tax") is None
 
-    @pytest.mark.parametrize("peer", ["timm/mobilenetv3_large_100", "torchvision/efficientnet_b0"])
+    @pytest.mark.parametrize("peer", train.PEERS)
     def test_peers_before_and_after_they_are_fused(self, peer, pretended_gpu):
-        cells = [cell for cell in train.cells([], 2, 32, [peer]) if cell.kernel == peer]
-        assert {cell.provider for cell in cells} == set(train.PROVIDERS)
+        cells = train.cells([peer], modes=["train"], dtypes=["bf16"])
+        assert {cell.provider for cell in cells if cell.kernel == peer} == set(train.PROVIDERS)
+        parameters = {}
         for cell in cells:
             with torch.device("meta"):
                 network = train.build(cell)
             names = {type(module).__name__ for module in network.modules()}
             assert any("Fused" in name for name in names) == (cell.fused is not None)
+            parameters[cell.kernel] = len(list(network.parameters()))
+            if cell.kernel == f"{peer}_plain":
+                assert not names & train.PEERS_ATTENTION
+                network(torch.empty(2, 3, 64, 64, device="meta"))
+        gates = sum(
+            type(m).__name__ in train.PEERS_ATTENTION for m in train.build(cells[-1]._replace(fused=None)).modules()
+        )
+        assert parameters[peer] == parameters[f"{peer}_plain"] + 4 * gates > 4
+
+    @pytest.mark.parametrize("attention", [None, "se", "cbam", "bam", "simam"])
+    def test_users_networks_are_ours_with_other_modules(self, attention):
+        ours = reference.models.resnet(18, attention, 10).eval()
+        theirs = users.resnet(18, attention, 10).eval()
+        names = {type(module).__name__ for module in theirs.modules()}
+        expected = {"se": "SEModule", "cbam": "CbamModule", "bam": "BAM", "simam": "simam_module"}
+        assert names & set(expected.values()) == ({expected[attention]} if attention else set())
+        if attention == "cbam":  # timm's MLP has no biases
+            for block in (m for m in ours.modules() if isinstance(m, reference.ChannelGate)):
+                block.mlp[1].bias = block.mlp[3].bias = None
+        tensors = [t for t in ours.state_dict().values() if t.dim()]
+        found = [t for t in theirs.state_dict().values() if t.dim()]
+        x = torch.randn(2, 3, 64, 64)
+        assert sorted(t.numel() for t in tensors) == sorted(t.numel() for t in found)
+        if attention in (None, "simam"):
+            theirs.load_state_dict(ours.state_dict())
+            torch.testing.assert_close(theirs(x), ours(x))
+        assert theirs(x).shape == (2, 10)
 
     def test_a_training_step_changes_the_network(self, pretended_gpu, monkeypatch):
         monkeypatch.setattr(train, "DEPTH", 18)
         networks = []
         build = train.build
         monkeypatch.setattr(train, "build", lambda cell: networks.append(build(cell)) or networks[-1])
-        for cell in train.cells([], 2, 32, ())[::2]:
+        for cell in train.cells([train.RESNET], ["eager"], batches=[2], image_size=32):
             step = train.steps(cell, torch.device("cpu"))
             before = networks[-1].fc.weight.detach().clone()
             step()
