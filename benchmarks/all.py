@@ -50,7 +50,7 @@ MINUTES = 9.0
 FIRST_CONTACT, TESTS, SPEED, TRAIN, BYTES = 75, 60, 34, 20, 40
 REPEATS, SANITIZER, FUZZ = 60, 60, 120
 LEAST = 10  # seconds, below which a step is not started
-TO_START = 10  # of a step's seconds, until it measures and after
+TO_END_STEP = 5  # of its limit, for the last cell may take longer than expected
 TO_END = 8  # seconds at the end of the call
 
 WRITES = {"environment", "smoke", "fuzz", "speed", "train", "ncu"}  # the commands that take --out,
@@ -151,7 +151,7 @@ class Call:
         limit = min(limit, self.left())
         arguments = ["-m", "benchmarks", command, *options]
         if command in MEASURES:
-            arguments += ["--minutes", f"{max(limit - TO_START, 0) / 60:.2f}", *self.commit]
+            arguments += ["--minutes", f"{max(limit - TO_END_STEP, 0) / 60:.2f}", *self.commit]
         if command in WRITES:
             arguments += ["--out", str(self.out)]
         if command in REHEARSES and self.rehearse:
@@ -286,7 +286,7 @@ def deep(call: Call) -> Iterator[list[Step]]:
         checked = (sanitizer, "--tool", name, "--error-exitcode", "1")
         yield [replace(step, command=(*checked, *step.command)) for step in steps]
     limit = min(call.stretched(FUZZ), call.left())
-    seconds = str(max(1, int(limit - TO_START)))
+    seconds = str(max(1, int(limit - TO_END_STEP)))
     yield [
         call.step(f"fuzz {i}", "fuzz", "--seed", str(10**6 * i), "--seconds", seconds, limit=limit) for i in range(4)
     ]

@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"python -m benchmarks fuzz {missing}.", file=sys.stderr)
         return 2
     device = prepare()
-    end, done, failed = time.monotonic() + a.seconds, 0, 0
+    end, done, failed = getattr(a, "start", time.monotonic()) + a.seconds, 0, 0
     for seed in itertools.count(a.seed) if a.cases is None else range(a.seed, a.seed + a.cases):
         if time.monotonic() > end:
             break

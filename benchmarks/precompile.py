@@ -14,12 +14,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import smoke, speed, train
@@ -161,7 +162,7 @@ def _module(case: Case) -> None:
 def _network(cell: Cell) -> None:
     with torch.device("meta"):
         network = train.build(cell).to(memory_format=LAYOUTS[cell.layout])
-    with _as_under_autocast(DTYPES[cell.dtype]):
+    with _as_under_autocast(DTYPES[cell.dtype], LAYOUTS[cell.layout]):
         y = network(_empty(cell.shape, "fp32", cell.layout))
         torch.autograd.grad(y, list(network.parameters()), torch.empty_like(y))
 
@@ -171,19 +172,28 @@ def _empty(shape: Sequence[int], dtype: str, layout: str) -> Tensor:
 
 
 @contextmanager
-def _as_under_autocast(dtype: torch.dtype) -> Iterator[None]:
-    """Convolutions and linear layers compute in ``dtype``, as under autocast, which does not know meta tensors."""
+def _as_under_autocast(dtype: torch.dtype, layout: torch.memory_format) -> Iterator[None]:
+    """Layers compute in ``dtype`` and keep the layout, as under autocast on a GPU: meta tensors do neither."""
 
     def lowered(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(module: nn.Module, x: Tensor) -> Tensor:
             parameters = {name: p.to(dtype) for name, p in module.named_parameters(recurse=False)}
             with patch.dict(module._parameters, parameters):
-                return forward(module, x.to(dtype))
+                return laid_out(forward(module, x.to(dtype)))
 
         return call
 
-    with (
-        patch.object(nn.Conv2d, "forward", lowered(nn.Conv2d.forward)),
-        patch.object(nn.Linear, "forward", lowered(nn.Linear.forward)),
-    ):
+    def kept(normalise: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(x: Tensor, *args, **kwargs) -> Tensor:
+            return laid_out(normalise(x, *args, **kwargs))
+
+        return call
+
+    def laid_out(y: Tensor) -> Tensor:
+        return y.contiguous(memory_format=layout) if y.dim() == 4 else y
+
+    with ExitStack() as stack:
+        for kind in (nn.Conv2d, nn.Linear):
+            stack.enter_context(patch.object(kind, "forward", lowered(kind.forward)))
+        stack.enter_context(patch.object(F, "batch_norm", kept(F.batch_norm)))
         yield

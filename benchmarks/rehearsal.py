@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from unittest.mock import patch
 
-SHAPE = (2, 16, 4, 4)
+SHAPE = (2, 16, 8, 8)
 GPU = "rehearsal, nothing measured"  # in place of a GPU's name, and so in the name of the file of rows
 
 # torch and what imports it are imported inside functions: a step that goes wrong needs none of it.

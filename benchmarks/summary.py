@@ -15,7 +15,8 @@ from pathlib import Path
 LINES = 80
 FAILURES = 14
 WIDTH = 220  # characters of a line that tells of a failure
-BAD = ("failed", "hung", "died", "stopped at its limit")
+STOPPED = "stopped at its limit"
+BAD = ("failed", "hung", "died")
 TRAFFIC = Path(__file__).parent / "results" / "traffic.csv"
 OPS = {"se": "SE", "cbam": "CBAM", "bam": "BAM", "simam": "SimAM"}  # a family's name there
 MADE_UP = "**A rehearsal without a GPU: nothing was measured, and every figure below is made up.**"
@@ -48,7 +49,8 @@ def text(out: Path, rehearse: bool, seconds: float, running: Sequence[str] = ())
 
 def head(steps: dict[str, dict], machine: dict, seconds: float, running: Sequence[str]) -> Iterator[str]:
     well = sum(step["status"] == "ok" for step in steps.values())
-    yield f"# attn_kernels on {machine.get('name', 'unknown')}: {well} of {len(steps)} steps went well"
+    gpu = "no GPU" if machine.get("GPUs") == "0" else machine.get("name", "a GPU that is not known yet")
+    yield f"# attn_kernels on {gpu}: {well} of {len(steps)} steps went well"
     yield ""
     versions = ("torch", "triton", "Python", "numpy", "timm")
     yield f"commit {machine.get('commit', 'unknown')}, " + ", ".join(f"{n} {machine.get(n, '?')}" for n in versions)
@@ -62,7 +64,7 @@ def failures(steps: dict[str, dict], smoke: list[dict], rows: list[Row], log: st
     """How steps went wrong, and what of results is wrong."""
     found = []
     for name, step in steps.items():
-        if step["status"] in BAD:
+        if step["status"] in BAD or (step["status"] == STOPPED and name.startswith("smoke")):
             where = f" in {step['killed_in']}" if step.get("killed_in") else ""
             found.append(f"{name}: {step['status']}{where} after {step['seconds']:.0f} s: {step['last']}")
     for line in smoke:
@@ -200,7 +202,7 @@ def moved(rows: list[Row]) -> Iterator[str]:
 def left_out(steps: dict[str, dict], log: str) -> Iterator[str]:
     """Steps that were not done or not finished."""
     found = [name for name, step in steps.items() if step["status"] == "no time"]
-    unfinished = [name for name, step in steps.items() if step["status"] in ("unfinished", "stopped at its limit")]
+    unfinished = [name for name, step in steps.items() if step["status"] in ("unfinished", STOPPED)]
     skipped = [f"{name} ({step['last'][:80]})" for name, step in steps.items() if step["status"] == "skipped"]
     for title, names in (("No time for", found), ("Not finished", unfinished), ("Skipped", skipped)):
         if names:
