@@ -177,6 +177,21 @@ def compiling(capability: int, multiprocessors: int, heard: Callable[[object], N
 
 
 @contextmanager
+def counting() -> Iterator[list[str]]:
+    """The names of the kernels that this process compiles inside the block, as they come; none that is in the cache."""
+    import triton
+
+    found: list[str] = []
+
+    def listen(*, src, metadata, metadata_group, times, cache_hit) -> None:
+        if not cache_hit:
+            found.append(src.name)
+
+    with patch.object(triton.knobs.compilation, "listener", listen):
+        yield found
+
+
+@contextmanager
 def _no_driver(capability: int) -> Iterator[None]:
     """Triton's launcher finds inside the block a GPU that can only be compiled for."""
     import triton

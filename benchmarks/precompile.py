@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from benchmarks import smoke, speed, train
 from benchmarks.correctness import CASES, SHAPE
-from benchmarks.machine_code import ARCHITECTURES, compiling
+from benchmarks.machine_code import ARCHITECTURES, compiling, counting
 from benchmarks.plan import Cell
 from benchmarks.shapes import DTYPES, KERNELS, LAYOUTS
 
@@ -131,21 +131,6 @@ def launches(case: Case | Cell, capability: int, multiprocessors: int) -> Compil
         except Exception as raised:  # of the compiler, of whatever kind: the others are still to be compiled
             error = f"{type(raised).__name__}: {str(raised)[-300:]}"
     return Compiled(case, len(kernels), len(misses), error)
-
-
-@contextmanager
-def counting() -> Iterator[list[str]]:
-    """The names of the kernels that this process compiles inside the block, as they come; none that is in the cache."""
-    import triton
-
-    found: list[str] = []
-
-    def listen(*, src, metadata, metadata_group, times, cache_hit) -> None:
-        if not cache_hit:
-            found.append(src.name)
-
-    with patch.object(triton.knobs.compilation, "listener", listen):
-        yield found
 
 
 def _module(case: Case) -> None:

@@ -16,9 +16,11 @@ import torch
 
 from benchmarks.correctness import SHAPE, failure
 from benchmarks.device import prepare
+from benchmarks.machine_code import counting
 from benchmarks.plan import Cell, Costs, Measure, execute
 from benchmarks.rows import RESULTS, WRONG, Environment, Results
 
+COMPILED_HERE = "kernels that were not in Triton's cache"
 UNFINISHED = 3  # the exit status where all is right so far, and cells are left for want of time
 PLAIN_LAUNCHES = (
     "_plain_launches"  # behind the name of a fused provider: in plain launches, of which no program waits for another
@@ -82,13 +84,15 @@ def run(
     for row in results.settle():
         print(f"{' '.join(row.place)} {row.mode}: {row.note}", flush=True)
     pending = [cell for cell in cells if not results.has(cell.place, cell.modes)]
-    with pretence:
+    with pretence, counting() as compiled:
         right = mark_wrong(pending, results, device, shape)
         try:
             outcome = execute(cells, measures, results, Costs(priors), start + 60 * arguments.minutes)
         except RuntimeError as error:
             print(f"Stopped, for the GPU no longer answers: {error}", file=sys.stderr)
             return UNFINISHED
+    own = [name for name in compiled if not name.startswith("triton_")]  # those are torch.compile's
+    print(f"{COMPILED_HERE}: {len(own)} {' '.join(sorted(set(own)))}".rstrip())
     print(outcome)
     return UNFINISHED if outcome.left else 0 if right and not outcome.failed else 1
 

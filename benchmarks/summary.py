@@ -200,7 +200,10 @@ def moved(rows: list[Row]) -> Iterator[str]:
 
 
 def left_out(steps: dict[str, dict], log: str) -> Iterator[str]:
-    """Steps that were not done or not finished."""
+    """Steps that were not done or not finished; and kernels that precompile has missed."""
+    missed = [int(n) for n in re.findall(r"kernels that were not in Triton's cache: (\d+)", log)]
+    if sum(missed):
+        yield f"Kernels that {len(missed)} processes had to compile themselves: {sum(missed)} (see log.txt)."
     found = [name for name, step in steps.items() if step["status"] == "no time"]
     unfinished = [name for name, step in steps.items() if step["status"] in ("unfinished", STOPPED)]
     skipped = [f"{name} ({step['last'][:80]})" for name, step in steps.items() if step["status"] == "skipped"]
