@@ -2,7 +2,7 @@
 
 Modules and networks run on meta tensors, which have no memory, through Triton's own launcher, which compiles and does
 not launch. It takes about 0.6 CPU seconds per kernel, and no GPU: without one, kernels are compiled for an H100. The
-cache is where TRITON_CACHE_DIR says.
+cache is where TRITON_CACHE_DIR says. With a GPU, the baselines go into torch.compile's cache, by a call of each.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import smoke, speed, train
+from benchmarks import smoke, speed, timing, train
 from benchmarks.correctness import CASES, SHAPE
+from benchmarks.device import prepare
 from benchmarks.machine_code import ARCHITECTURES, compiling, counting
 from benchmarks.plan import Cell
 from benchmarks.shapes import DTYPES, KERNELS, LAYOUTS
 
-STEPS = ("smoke", "speed", "train")
+STEPS = ("smoke", "speed", "train", "baselines")
 BATCHES = (32, 256)  # that `all` times
 
 
@@ -67,6 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         print("TRITON_INTERPRET is set, but what is compiled here is not for the interpreter.", file=sys.stderr)
     capability, multiprocessors = target(arguments.architecture)
     jobs = cases(arguments.steps, arguments.kernels)
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # a process: there are enough of them
     print(f"{len(jobs)} modules and networks for sm_{capability} with {multiprocessors} multiprocessors", flush=True)
     compiled = failed = 0
     one = partial(launches, capability=capability, multiprocessors=multiprocessors)
@@ -115,6 +117,9 @@ def cases(steps: Sequence[str] = STEPS, kernels: Sequence[str] = tuple(KERNELS))
             found += [Case(cell.kernel, cell.shape, cell.dtype, cell.layout, KERNELS[cell.kernel].epilogue)]
         for family in smoke.FAMILIES:
             found += [Case(family, SHAPE, dtype, layout, True) for dtype, layout in CASES]
+    if "baselines" in steps and torch.cuda.is_available():  # torch.compile has to see the GPU
+        cells = speed.cells(KERNELS, ["compile"], BATCHES[:1], LAYOUTS, ["bf16"])
+        found += sorted((cell for cell in cells if cell.kernel in kernels), key=lambda cell: cell.rank)
     return [case for case in dict.fromkeys(found) if isinstance(case, Cell) or case.kernel in kernels]
 
 
@@ -126,8 +131,11 @@ def launches(case: Case | Cell, capability: int, multiprocessors: int) -> Compil
     error = ""
     with counting() as misses:
         try:
-            with compiling(capability, multiprocessors, kernels.add):
-                (_network if isinstance(case, Cell) else _module)(case)
+            if isinstance(case, Cell) and case.suite == speed.SUITE:
+                _baseline(case)
+            else:
+                with compiling(capability, multiprocessors, kernels.add):
+                    (_network if isinstance(case, Cell) else _module)(case)
         except Exception as raised:  # of the compiler, of whatever kind: the others are still to be compiled
             error = f"{type(raised).__name__}: {str(raised)[-300:]}"
     return Compiled(case, len(kernels), len(misses), error)
@@ -150,6 +158,19 @@ def _network(cell: Cell) -> None:
     with _as_under_autocast(DTYPES[cell.dtype], LAYOUTS[cell.layout]):
         y = network(_empty(cell.shape, "fp32", cell.layout))
         torch.autograd.grad(y, list(network.parameters()), torch.empty_like(y))
+
+
+def _baseline(cell: Cell) -> None:
+    """Into torch.compile's own cache, by a call."""
+    device = prepare()
+    plain = speed.build(cell, device)
+    module = torch.compile(plain, mode=speed.COMPILE_MODES[cell.provider], dynamic=False)
+    function = partial(module, activation="relu") if KERNELS[cell.kernel].epilogue else module
+    calls = speed.calls(function, list(plain.parameters()), [speed.inputs(cell, device, seed=0)])
+    for call in calls["both"](1):
+        call()
+    del plain, module, calls, call
+    timing.release()
 
 
 def _empty(shape: Sequence[int], dtype: str, layout: str) -> Tensor:

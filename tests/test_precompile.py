@@ -84,6 +84,23 @@ def test_networks_give_attention_what_autocast_gives_it(network, monkeypatch):
     assert on_meta == seen
 
 
+def test_calls_baselines_forward_and_backward(monkeypatch):
+    """The torch.compile of the speed step, here by a compiler that leaves everything as it is."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module, mode, dynamic: real(module, backend=backend, dynamic=dynamic))
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    cells = {cell.kernel: cell for cell in speed.cells(["simam", "se_add_relu"], ["compile"], [32], dtypes=["bf16"])}
+    for cell in cells.values():
+        found = precompile.launches(cell._replace(shape=(2, 16, 4, 4)), 90, 132)
+        assert found.error == ""
+    assert len(graphs) == 2
+
+
 def test_takes_the_architecture_that_is_asked_for():
     assert precompile.target("sm_80") == (80, 108)
     if not torch.cuda.is_available():
