@@ -60,6 +60,11 @@ class Row(NamedTuple):
         return *self.place, self.mode, self.gpu, self.torch, self.triton, self.commit
 
     @property
+    def is_right(self) -> bool:
+        """Whether it was measured, on a result that is right."""
+        return self.metric != FAILED and not self.note.startswith(WRONG)
+
+    @property
     def place(self) -> tuple[str, str, str, str, str]:
         return self.kernel, self.provider, self.shape, self.layout, self.dtype
 

@@ -647,6 +647,11 @@ class TestPlot:
         bars = [patch.get_height() for patch in tax.axes[0].patches]
         assert bars == pytest.approx([9, 30, 40, 2, 6, 3, 4, 12, 2, 6])
 
+    def test_leaves_out_what_is_wrong(self, made_up):
+        first, *others = (row for row in made_up.rows if row.metric == "time")
+        rows = [first._replace(note="WRONG: y: error 1.0"), *others, first._replace(metric="failed", note="why")]
+        assert plot.Measured(rows).rows == others
+
     def test_draws_what_there_is(self, tmp_path):
         rows = [row for row in read(MADE_UP) if row.kernel == "se" and row.commit == "made-up-1"]
         with (tmp_path / "one.csv").open("w", newline="") as file:
