@@ -47,7 +47,7 @@ IN_PLAIN_LAUNCHES = " in plain launches"
 
 # Seconds of a step in a call of MINUTES; in a longer or shorter one they are longer or shorter.
 MINUTES = 9.0
-FIRST_CONTACT, TESTS, SPEED, TRAIN, BYTES = 75, 60, 34, 20, 40
+FIRST_CONTACT, TESTS, SPEED, TRAIN, BYTES = 75, 60, 34, 32, 30
 REPEATS, SANITIZER, FUZZ = 60, 60, 120
 LEAST = 10  # seconds, below which a step is not started
 TO_END_STEP = 5  # of its limit, for the last cell may take longer than expected
@@ -228,7 +228,8 @@ def stages(call: Call) -> Iterator[list[Step]]:
         yield [speed(call, kernel, call.stretched(SPEED))]
     for network in NETWORKS:
         yield [train(call, network, call.stretched(TRAIN))]
-    yield [call.step("bytes", "ncu", limit=call.stretched(BYTES))]
+    for family in FAMILIES if tool("ncu") else FAMILIES[:1]:  # one says that it is missing
+        yield [call.step(f"bytes {family}", "ncu", family, limit=call.stretched(BYTES), family=family)]
     if call.deep:
         yield from deep(call)
     # A third of the time that is left for each of what is not finished yet.

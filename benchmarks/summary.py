@@ -30,8 +30,8 @@ def text(out: Path, rehearse: bool, seconds: float, running: Sequence[str] = ())
     steps = {line["step"]: line for line in lines if "step" in line}
     machine = next((line["environment"] for line in reversed(lines) if "environment" in line), {})
     smoke, rows, log = json_lines(out / "smoke.jsonl"), csv_rows(out), read(out / "log.txt")
-    parts = [
-        [MADE_UP, ""] if rehearse or any("rehearsal" in row["gpu"] for row in rows) else [],
+    lines = [MADE_UP, ""] if rehearse or any("rehearsal" in row["gpu"] for row in rows) else []
+    for part in (
         head(steps, machine, seconds, running),
         failures(steps, smoke, rows, log),
         first_contact(smoke),
@@ -40,8 +40,11 @@ def text(out: Path, rehearse: bool, seconds: float, running: Sequence[str] = ())
         training(rows),
         moved(table(out / "ncu.csv")),
         left_out(steps, log),
-    ]
-    lines = [line for part in parts for line in part]
+    ):
+        try:
+            lines += part
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # a file of another kind
+            lines += [f"(The rest of this part cannot be read: {type(error).__name__}: {error})", ""]
     if len(lines) > LINES:
         lines = [*lines[: LINES - 1], "(cut here: the rest is in the other files)"]
     return "\n".join(lines) + "\n"

@@ -104,6 +104,7 @@ class Machine:
     def __init__(self, monkeypatch, **statuses):
         self.now, self.statuses, self.ran, self.environments = 0.0, statuses, [], {}
         monkeypatch.setattr(everything, "run_all", self.run_all)
+        monkeypatch.setattr(everything, "tool", lambda name: None)
         monkeypatch.setattr(everything.time, "monotonic", lambda: self.now)
 
     def run_all(self, steps, log, ended):
@@ -131,13 +132,14 @@ FIRST = ["environment", "precompile", "smoke se", "smoke cbam", "smoke bam", "sm
 SPEED = [f"speed {kernel}" for kernel in everything.KERNELS]
 TRAIN = [f"train {network}" for network in everything.NETWORKS]
 COMPILED = [f"{name} compiled" for name in TRAIN]
+BYTES = "bytes se"  # of one family, which finds that ncu is missing
 
 
 class TestSequence:
     def test_is_in_order_and_done_once(self, tmp_path, monkeypatch):
         machine = Machine(monkeypatch)
         assert machine.call(tmp_path) == 0
-        assert machine.ran == [*FIRST, "tests", *SPEED, *TRAIN, "bytes", *COMPILED]
+        assert machine.ran == [*FIRST, "tests", *SPEED, *TRAIN, BYTES, *COMPILED]
         assert not any(machine.environments.values())
         # The machine may be another one: it is looked at, and its cache filled.
         assert machine.call(tmp_path) == 0
@@ -205,7 +207,7 @@ class TestSequence:
         monkeypatch.setattr(Path, "open", full)
         machine.look = lambda step: None
         assert machine.call(tmp_path) == 0
-        assert machine.ran == [*FIRST, "tests", *SPEED, *TRAIN, "bytes", *COMPILED]
+        assert machine.ran == [*FIRST, "tests", *SPEED, *TRAIN, BYTES, *COMPILED]
         assert "summary.md cannot be written" in capsys.readouterr().err
 
     @without_gpu
@@ -253,6 +255,13 @@ class TestSummary:
         text = summary.text(tmp_path, False, 0.0)
         assert "Failures: none so far" in text
         assert summary.text(tmp_path / "none", True, 0.0).startswith("**A rehearsal")
+
+    def test_of_files_of_another_kind(self, tmp_path):
+        write_lines(tmp_path / "smoke.jsonl", {"family": "se", "launches": "single", "step": "repeat"})
+        write_lines(tmp_path / "steps.jsonl", {"step": "tests", "status": "failed", "seconds": 1, "last": "x"})
+        text = summary.text(tmp_path, False, 0.0)
+        assert "cannot be read: KeyError" in text
+        assert "## Tests: failed" in text
 
     def test_puts_failures_first_and_ends_in_time(self, tmp_path):
         for i in range(200):
