@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import reference
+from benchmarks import timing
 from benchmarks.correctness import errors, results
 from benchmarks.device import prepare
 from benchmarks.process import append
@@ -69,6 +70,11 @@ def run(arguments: argparse.Namespace) -> int:
             line = {"family": "fuzz", "step": "error", "case": f"seed {seed}: {case}", "ok": False, "message": message}
             append(a.out / "smoke.jsonl", json.dumps(line) + "\n")
             print(f"seed {seed}: {message}", flush=True)
+            try:
+                timing.release()
+            except RuntimeError as lost:
+                print(f"The GPU no longer answers: {lost}", flush=True)
+                return 4  # as if it had died
         done += 1
     line = {"family": "fuzz", "step": "end", "ok": not failed, "message": f"{failed} of {done} wrong, seed {a.seed} on"}
     append(a.out / "smoke.jsonl", json.dumps(line) + "\n")
