@@ -157,7 +157,7 @@ def capture(multiprocessors: int, x: Tensor) -> Iterator[list[Launch]]:
 def compiling(capability: int, multiprocessors: int, heard: Callable[[object], None]) -> Iterator[None]:
     """Inside the block modules on the meta device compile what they launch, into Triton's cache, and launch nothing.
 
-    ``heard`` is given each launch's compiled kernel.
+    ``heard`` is given each launch's compiled kernel. A process compiles for one capability: Triton keeps the first.
 
     Raises:
         RuntimeError: Triton interprets its kernels, so that there is nothing to compile.

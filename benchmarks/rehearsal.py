@@ -37,14 +37,17 @@ class Event:
 
 
 @contextmanager
-def pretended_gpu() -> Iterator[list[str]]:
+def pretended_gpu(quick: bool = False) -> Iterator[list[str]]:
     """Answer on the CPU what timing asks of a GPU: a replay does nothing, an interval takes a millisecond.
 
     torch.compile compiles for nobody; its modes are listed.
+
+    Args:
+        quick: with as few calls and layers as there can be.
     """
     import torch
 
-    from benchmarks import speed_of_light, timing
+    from benchmarks import speed_of_light, timing, train
 
     captured: list[object] = []
 
@@ -80,7 +83,10 @@ def pretended_gpu() -> Iterator[list[str]]:
     }
     changes = [(torch.cuda, name, answer) for name, answer in answers.items()]
     changes += [(timing, name, value) for name, value in {"WARM_UP": 0, "HOST_ROUNDS": 1, "MIN_SETS": 2}.items()]
-    changes += [(timing, "STEPS", 2), (timing, "WARM_STEPS", 1), (torch, "compile", compile_eagerly)]
+    changes += [(torch, "compile", compile_eagerly)]
+    if quick:
+        changes += [(timing, "STEPS", 1), (timing, "WARM_STEPS", 0), (train, "DEPTH", 18)]
+        changes += [(timing, "input_sets", lambda size: 1)]
     changes += [(speed_of_light, "BLOCK", 64), (speed_of_light, "copy_times", speed_of_light.copy_times.__wrapped__)]
     with ExitStack() as stack:
         for owner, name, value in changes:
@@ -89,7 +95,7 @@ def pretended_gpu() -> Iterator[list[str]]:
 
 
 def tiny(cells: Sequence) -> list:
-    """The cells with shapes that the interpreter computes in a second; the first of those that then are the same."""
+    """The cells with shapes that the interpreter computes in a second; each once."""
     found = {}
     for cell in cells:
         c = cell.shape[1]

@@ -77,7 +77,7 @@ def run(
         from benchmarks import rehearsal
 
         environment = environment._replace(gpu=rehearsal.GPU)
-        cells, pretence, shape = rehearsal.tiny(cells), rehearsal.pretended_gpu(), rehearsal.SHAPE
+        cells, pretence, shape = rehearsal.tiny(cells), rehearsal.pretended_gpu(quick=True), rehearsal.SHAPE
     path = arguments.out / environment.file_name
     results = Results(path, environment, [RESULTS / path.name], PLAIN_LAUNCHES if in_plain_launches() else "")
     print(f"{environment}\nRows go to {path}.", flush=True)

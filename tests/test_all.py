@@ -237,7 +237,7 @@ class TestRehearsal:
         assert text.startswith("**A rehearsal without a GPU: nothing was measured")
         assert "smoke bam: died" in text
         assert "| simam, single | 2 |" in text
-        assert "| simam 2x16x8x8 | 500 / 500 | 100% / 100% | 1.00 / 1.00 | 1.00 / 1.00 |" in text
+        assert "| simam 2x16x8x8 | 1000 / 1000 | 100% / 100% | 1.00 / 1.00 | 1.00 / 1.00 |" in text
         names = {path.name for path in tmp_path.iterdir()}
         assert names == {"summary.md", "log.txt", "steps.jsonl", "smoke.jsonl", "rehearsal_nothing_measured.csv"}
         log = (tmp_path / "log.txt").read_text()
