@@ -157,7 +157,11 @@ class Call:
         if command in REHEARSES and self.rehearse:
             arguments += ["--rehearse"]
         step = Step(name, (sys.executable, *arguments), limit)
-        return plain(step) if family is not None and self.in_plain_launches(family) else step
+        return self.as_measured(step, family) if family else step
+
+    def as_measured(self, step: Step, *families: str) -> Step:
+        """The step in plain launches if any of its families is measured so."""
+        return plain(step) if any(map(self.in_plain_launches, families)) else step
 
     def in_plain_launches(self, family: str) -> bool:
         """Whether a family is measured so: it hung or died otherwise, or was wrong otherwise and is right so."""
@@ -255,7 +259,8 @@ def tests(call: Call) -> Step:
     command, meaning = (sys.executable, "-m", "pytest", *options), {0: OK, 1: FAILED, 2: FAILED, 5: SKIPPED}
     if not find_spec("pytest"):
         command, meaning = (sys.executable, "-c", "raise SystemExit('pytest is not installed')"), {1: SKIPPED}
-    return Step("tests", command, min(call.stretched(TESTS), call.left()), meaning=meaning)
+    step = Step("tests", command, min(call.stretched(TESTS), call.left()), meaning=meaning)
+    return call.as_measured(step, *FAMILIES)
 
 
 def speed(call: Call, kernel: str, limit: float) -> Step:
@@ -288,6 +293,6 @@ def deep(call: Call) -> Iterator[list[Step]]:
         yield [replace(step, command=(*checked, *step.command)) for step in steps]
     limit = min(call.stretched(FUZZ), call.left())
     seconds = str(max(1, int(limit - TO_END_STEP)))
-    yield [
-        call.step(f"fuzz {i}", "fuzz", "--seed", str(10**6 * i), "--seconds", seconds, limit=limit) for i in range(4)
-    ]
+    seeds = [str(10**6 * i) for i in range(4)]
+    steps = [call.step(f"fuzz {seed}", "fuzz", "--seed", seed, "--seconds", seconds, limit=limit) for seed in seeds]
+    yield [call.as_measured(step, *FAMILIES) for step in steps]

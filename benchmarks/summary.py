@@ -83,7 +83,7 @@ def failures(steps: dict[str, dict], smoke: list[dict], rows: list[Row], log: st
             seen.setdefault(row["note"][:80], []).append(place + f": {row['note']}")
     for same in seen.values():
         found.append(same[0] + (f" (and {len(same) - 1} rows likewise)" if len(same) > 1 else ""))
-    found += [f"tests: {line}" for line in re.findall(r" s  tests: ((?:FAILED|ERROR) .*)", log)]
+    found += [f"tests: {line}" for line in re.findall(r" s  tests[^:]*: ((?:FAILED|ERROR) .*)", log)]
     yield f"## Failures: {len(found) or 'none so far'}"
     yield from (f"- {' '.join(line.split())[:WIDTH]}" for line in found[:FAILURES])
     if len(found) > FAILURES:
@@ -118,12 +118,13 @@ def first_contact(smoke: list[dict]) -> Iterator[str]:
 
 
 def tests(steps: dict[str, dict], log: str) -> Iterator[str]:
-    if "tests" not in steps:
+    done = [step for name, step in steps.items() if name.startswith("tests")]
+    if not done:
         return
     totals = re.findall(
-        r" s  tests: (?:=+ )?(\d+ (?:passed|failed|error|skipped).*? in [\d.]+ ?s.*?)(?: =+)?$", log, re.M
+        r" s  tests[^:]*: (?:=+ )?(\d+ (?:passed|failed|error|skipped).*? in [\d.]+ ?s.*?)(?: =+)?$", log, re.M
     )
-    yield f"## Tests: {totals[-1] if totals else steps['tests']['status']}"
+    yield f"## Tests: {totals[-1] if totals else done[-1]['status']}"
     yield ""
 
 

@@ -147,7 +147,7 @@ class TestSequence:
         assert machine.call(tmp_path, "--deep") == 0
         families = ["se", "cbam", "bam", "simam"]
         deep = [f"{name} {family}" for name in ("repeats", "memcheck", "racecheck") for family in families]
-        assert machine.ran == [*FIRST[:2], *deep, *(f"fuzz {i}" for i in range(4))]
+        assert machine.ran == [*FIRST[:2], *deep, *(f"fuzz {10**6 * i}" for i in range(4))]
         assert {path.name for path in tmp_path.iterdir()} == {"summary.md", "steps.jsonl"}
 
     def test_ends_in_time_and_goes_on_from_there(self, tmp_path, monkeypatch, capsys):
@@ -184,6 +184,7 @@ class TestSequence:
         assert {"speed cbam", "speed bam", "train simam_resnet50"} <= {*machine.ran}
         in_plain = {name for name, environment in machine.environments.items() if environment}
         assert in_plain == {name for name in machine.ran if name.endswith("in plain launches")}
+        assert ("tests in plain launches" in machine.ran) == plain
         assert machine.environments["smoke se in plain launches"] == {"ATTN_KERNELS_SINGLE_LAUNCH": "0"}
 
     def test_changes_to_plain_launches_where_a_fused_cell_kills_its_process(self, tmp_path, monkeypatch):
@@ -216,6 +217,16 @@ class TestSequence:
         assert main(["all", "--out", str(tmp_path)]) == 2
         assert "all needs an NVIDIA GPU" in capsys.readouterr().err
         assert "needs an NVIDIA GPU" in (tmp_path / "summary.md").read_text()
+
+
+def test_needs_nothing_beside_torch_and_triton():
+    """The commands of a call load where what other commands need is not installed."""
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(['rich', 'timm', 'matplotlib', 'torchvision', 'pytest', 'xdist']);"
+        "from benchmarks import all; assert 'torch' not in sys.modules;"
+        "from benchmarks import environment, fuzz, ncu, once, precompile, runner, smoke, speed, train"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 class TestRehearsal:
@@ -307,8 +318,10 @@ class TestSummary:
     def test_of_tests_and_bytes(self, tmp_path):
         log = Log(tmp_path / "log.txt", time.monotonic())
         for line in ("FAILED tests/test_ops.py::test_x - assert 1 == 2", "== 1 failed, 9 passed in 31.2s =="):
-            log.say("tests", line)
-        write_lines(tmp_path / "steps.jsonl", {"step": "tests", "status": "failed", "seconds": 31, "last": ""})
+            log.say("tests in plain launches", line)
+        write_lines(
+            tmp_path / "steps.jsonl", {"step": "tests in plain launches", "status": "failed", "seconds": 31, "last": ""}
+        )
         x = 32 * 256 * 56 * 56 * 2
         columns = ",".join(ncu.COLUMNS)
         row = f"se,32x256x56x56,channels_last,bf16,{x},channel_gate_kernel,{x},{2 * x},{4 * x},100"
