@@ -65,7 +65,7 @@ def plain_of(network: str) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     runner.add_arguments(parser, f"train --minutes 20 --networks se_{RESNET} timm/efficientnet_b0 --modes train")
     for name, choices in (
-        ("networks", NETWORKS), ("providers", PROVIDERS), ("dtypes", SETTINGS), ("modes", MODES),
+        ("networks", (RESNET, *NETWORKS)), ("providers", PROVIDERS), ("dtypes", SETTINGS), ("modes", MODES),
     ):  # fmt: skip
         parser.add_argument(
             f"--{name}", nargs="+", choices=choices, default=[*choices], metavar=name.upper(), help=", ".join(choices)

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-import reference
-from benchmarks import inductor, traffic
+from benchmarks import inductor, traffic, users
 from benchmarks.__main__ import main
 from benchmarks.cache import SECTOR, Cache
 from benchmarks.check import LAYOUTS, forward_backward
@@ -257,12 +256,28 @@ class TestResult:
         assert case("SimAM", (1, 16, 14, 14), "channels_last", "eval").budget == (2,)
 
 
-def test_inductor_counts_forward_and_backward():
-    x, dy = torch.randn(2, 256, 28, 28), torch.randn(2, 256, 28, 28)
-    forward, backward = inductor.graphs(reference.SE(256), lambda module: forward_backward(module, x, None, dy))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_inductor_counts_forward_and_backward(layout):
+    """Of timm's SE, whose convolutions change no layout: a contiguous x would be copied."""
+    x, dy = (torch.randn(2, 256, 28, 28).contiguous(memory_format=LAYOUTS[layout]) for _ in range(2))
+    forward, backward = inductor.graphs(users.SE(256), lambda module: forward_backward(module, x, None, dy))
     assert 3 <= forward.touched / x.nbytes <= 3 * (1 + SMALL)
     assert 4 <= backward.touched / x.nbytes <= 4 * (1 + SMALL)
     assert forward.launches > 1
+
+
+@interpreted
+@pytest.mark.parametrize(("op", "forward", "backward"), [("SE", 3, 10), ("SE+add+ReLU", 8, 13), ("SimAM", 15, 40)])
+def test_eager_is_users_code_in_the_dtype_of_x(op, forward, backward):
+    """SE: pool 1, scale 2; gradients of the scale 3 and of the gate 2 + 1, of the pool 1 and the sum of both 3."""
+    found = measure(case(op, (2, 64, 28, 28), "channels_last"), compiled=False).passes["eager"]
+    assert [p.touched for p in found] == pytest.approx([forward, backward], rel=0.02)
+
+
+def test_says_that_timm_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr(users, "find_spec", lambda name: None)
+    assert main(("traffic", "--op", "SE", "SimAM")) == 2
+    assert "needs timm for SE: it is not installed" in capsys.readouterr().err
 
 
 class TestCommand:
@@ -295,5 +310,7 @@ class TestCommand:
         assert (tmp_path / "traffic.png").stat().st_size > 10_000
         assert len((tmp_path / "traffic.csv").read_text().splitlines()) == 1 + len(results) * 3
         assert traffic.recorded(tmp_path / "traffic.csv") == {traffic.place(r.case): passes["compile"] for r in results}
-        monkeypatch.setattr(traffic, "_reference", lambda: "another")
-        assert traffic.recorded(tmp_path / "traffic.csv") == traffic.recorded(tmp_path / "none.csv") == {}
+        found = traffic._users()
+        for other in ({"timm": "0.0"}, {"users": "another"}):
+            monkeypatch.setattr(traffic, "_users", lambda other=other: {**found, **other})
+            assert traffic.recorded(tmp_path / "traffic.csv") == traffic.recorded(tmp_path / "none.csv") == {}
