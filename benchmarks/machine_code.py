@@ -11,7 +11,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -149,10 +149,56 @@ def capture(multiprocessors: int, x: Tensor) -> Iterator[list[Launch]]:
         with patch.object(triton.knobs.runtime, "jit_cache_hook", hook):
             run(function, *args, grid=grid, warmup=warmup, **kwargs)
 
-    triton.runtime.driver.set_active(_NoDriver())
+    with _no_driver(90), patch.object(JITFunction, "run", catch), launching_on_meta(multiprocessors):
+        yield launches  # whose signature is the same for all capabilities
+
+
+@contextmanager
+def compiling(capability: int, multiprocessors: int, heard: Callable[[object], None]) -> Iterator[None]:
+    """Inside the block modules on the meta device compile what they launch, into Triton's cache, and launch nothing.
+
+    ``heard`` is given each launch's compiled kernel. A process compiles for one capability: Triton keeps the first.
+
+    Raises:
+        RuntimeError: Triton interprets its kernels, so that there is nothing to compile.
+    """
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("kernels cannot be compiled under TRITON_INTERPRET=1: unset it")
+    run = JITFunction.run
+
+    def compile_only(function: JITFunction, *args, grid, warmup, **kwargs) -> None:
+        heard(run(function, *args, grid=grid, warmup=True, **kwargs))
+
+    with _no_driver(capability), patch.object(JITFunction, "run", compile_only), launching_on_meta(multiprocessors):
+        yield
+
+
+@contextmanager
+def counting() -> Iterator[list[str]]:
+    """The names of the kernels that this process compiles inside the block, as they come; none that is in the cache."""
+    import triton
+
+    found: list[str] = []
+
+    def listen(*, src, metadata, metadata_group, times, cache_hit) -> None:
+        if not cache_hit:
+            found.append(src.name)
+
+    with patch.object(triton.knobs.compilation, "listener", listen):
+        yield found
+
+
+@contextmanager
+def _no_driver(capability: int) -> Iterator[None]:
+    """Triton's launcher finds inside the block a GPU that can only be compiled for."""
+    import triton
+
+    triton.runtime.driver.set_active(_NoDriver(capability))
     try:
-        with patch.object(JITFunction, "run", catch), launching_on_meta(multiprocessors):
-            yield launches
+        yield
     finally:
         triton.runtime.driver.set_active(None)  # found anew where one is needed
 
@@ -165,6 +211,9 @@ def is_like(value: object, x: Tensor) -> bool:
 class _NoDriver:
     """All that Triton's launcher asks of a driver before it compiles."""
 
+    def __init__(self, capability: int):
+        self._capability = capability
+
     def get_current_device(self) -> int:
         return 0
 
@@ -172,7 +221,7 @@ class _NoDriver:
         return 0
 
     def get_current_target(self):
-        return _target(90)  # the signature is the same for all
+        return _target(self._capability)
 
 
 class _Launchers(TorchDispatchMode):

@@ -108,7 +108,7 @@ def attempt(cell: Cell, measure: Measure, results: Results, say: Callable[[str],
     """Measure one cell; where that fails, record what was not measured as failed and return why."""
     missing = list(cell.modes)
     try:
-        with timing.own_stream():
+        with timing.own_stream(), results.running(cell.place, cell.modes):
             for mode, measurements in measure(cell, results):
                 say(_line(results.append(cell.place, mode, measurements)))
                 missing.remove(mode)
@@ -131,8 +131,12 @@ def _line(rows: Sequence[Row]) -> str:
     first = rows[0]
     place = (*first.place, first.mode)
     cells = "".join(f"{name:<{width}} " for name, width in zip(place, WIDTHS, strict=True))
-    return cells + ", ".join(
-        f"{row.metric} {row.note}" if row.p50 is None else f"{row.metric} {row.p50:.4g} {row.unit}" for row in rows
+    return (
+        cells
+        + ", ".join(
+            f"{row.metric} {row.note}" if row.p50 is None else f"{row.metric} {row.p50:.4g} {row.unit}" for row in rows
+        )
+        + (f" [{first.note}]" if first.note and first.p50 is not None else "")
     )
 
 

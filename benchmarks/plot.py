@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from benchmarks.rows import FAILED, RESULTS, Row, read
+from benchmarks.rows import RESULTS, Row, read
 from benchmarks.shapes import DTYPES, KERNELS, MODES
 from benchmarks.train import MODES as STEPS
 from benchmarks.train import NETWORKS, PEERS, PROVIDERS, SETTINGS
@@ -47,7 +47,7 @@ class Measured:
     """The latest rows of one GPU at one commit."""
 
     def __init__(self, rows: Iterable[Row]):
-        self.rows = sorted((row for row in rows if row.metric != FAILED), key=lambda row: row.timestamp)
+        self.rows = sorted((row for row in rows if row.is_right), key=lambda row: row.timestamp)
         self._latest = {(row.place, row.mode, row.metric): row for row in self.rows}
 
     def caption(self) -> str:
@@ -102,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
     rows = [row for file in files for row in read(file) if arguments.commit in (None, row.commit)]
     gpus: dict[str, list[Row]] = {}
     for row in rows:
-        if row.metric != FAILED:
+        if row.is_right:
             gpus.setdefault(row.gpu, []).append(row)
     if not gpus:
         where = ", ".join(map(str, arguments.files)) or RESULTS

@@ -8,9 +8,12 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import json
 import re
 import subprocess
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
@@ -25,10 +28,11 @@ RESULTS = ROOT / "benchmarks" / "results"
 SOURCES = ("attn_kernels", "reference", "benchmarks")
 _PLACES = re.compile(r" --(?:out|commit)[ =](?:'[^']*'|\S+)")  # what is measured does not depend on where it goes
 FAILED = "failed"  # the metric of a cell that could not be measured; its note says why
+WRONG = "WRONG"  # how the note of a row begins whose result is wrong
 
 
 class Row(NamedTuple):
-    """One metric of one cell. A failed one has no quantiles, and a note."""
+    """One metric of one cell. A failed one has no quantiles; a note says why, or what is to be known of the result."""
 
     kernel: str
     provider: str
@@ -54,6 +58,11 @@ class Row(NamedTuple):
     def cell(self) -> tuple[str, ...]:
         """What was measured, on what."""
         return *self.place, self.mode, self.gpu, self.torch, self.triton, self.commit
+
+    @property
+    def is_right(self) -> bool:
+        """Whether it was measured, on a result that is right."""
+        return self.metric != FAILED and not self.note.startswith(WRONG)
 
     @property
     def place(self) -> tuple[str, str, str, str, str]:
@@ -86,7 +95,7 @@ class Environment(NamedTuple):
     def current(cls, commit: str | None = None) -> Environment:
         return cls(
             torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU",
-            _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0] or "unknown",
+            output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0] or "unknown",
             **provenance.versions(),
             commit=commit or source_commit(),
             command=_PLACES.sub("", provenance.command()),
@@ -104,9 +113,9 @@ class Environment(NamedTuple):
 
 def source_commit() -> str:
     """The commit of the sources; with their digest where they differ from it or there is no repository to ask."""
-    head = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
+    head = output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
     patterns = [f"{folder}/*.py" for folder in SOURCES]
-    if head and not _output("git", "-C", str(ROOT), "status", "--porcelain", "--", *patterns):
+    if head and not output("git", "-C", str(ROOT), "status", "--porcelain", "--", *patterns):
         return head
     digest = hashlib.sha256()
     for path in sorted(path for folder in SOURCES for path in (ROOT / folder).rglob("*.py")):
@@ -121,21 +130,57 @@ class Results:
         path: appended to; made when the first row comes.
         environment: of the rows to come.
         recorded: further files whose cells count as measured.
+        variant: what rows give behind the provider's name, of the fused ones only.
     """
 
-    def __init__(self, path: Path, environment: Environment, recorded: Iterable[Path] = ()):
-        self.path, self.environment = path, environment
+    def __init__(self, path: Path, environment: Environment, recorded: Iterable[Path] = (), variant: str = ""):
+        self.path, self.environment, self._variant = path, environment, variant
         self.rows = [row for file in dict.fromkeys((*recorded, path)) for row in read(file)]
         self._cells = {row.cell for row in self.rows}
+        self._notes: dict[tuple[str, ...], str] = {}
+        self._running = path.with_name(f"{path.name}.running")
+
+    def mark(self, place: Sequence[str], note: str) -> None:
+        """Give the rows to come of a cell a note; behind the one that they have."""
+        notes = self._notes.get(tuple(place)), " ".join(note.split())[:300]
+        self._notes[tuple(place)] = "; ".join(filter(None, notes))
+
+    @contextmanager
+    def running(self, place: Sequence[str], modes: Sequence[str]) -> Iterator[None]:
+        """Leave word, inside the block, of what is measured: where the process dies in it, ``settle`` reads that."""
+        with suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._running.write_text(json.dumps([self._as_written(place), modes]))
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                self._running.unlink()
+
+    def settle(self) -> list[Row]:
+        """Record what killed the process that measured it as failed, so that it is not measured again."""
+        try:
+            place, modes = json.loads(self._running.read_text())
+            self._running.unlink()
+        except (OSError, ValueError):
+            return []
+        others = Results(self.path, self.environment)  # under whatever name its process gave it
+        note = "the process that measured it hung or died"
+        rows = [row for mode in modes if not others.has(place, [mode]) for row in others.fail(place, mode, note)]
+        self.rows += rows
+        self._cells.update(row.cell for row in rows)
+        return rows
 
     def has(self, place: Sequence[str], modes: Iterable[str]) -> bool:
         """Whether all modes of a cell were measured, or failed, on this GPU with these versions at this commit."""
         e = self.environment
+        place = self._as_written(place)
         return all((*place, mode, e.gpu, e.torch, e.triton, e.commit) in self._cells for mode in modes)
 
     def find(self, place: Sequence[str], mode: str, metric: str) -> Quantiles | None:
         """The latest measurement on this GPU with these versions at this commit."""
         e = self.environment
+        place = self._as_written(place)
         for row in reversed(self.rows):
             if row.cell == (*place, mode, e.gpu, e.torch, e.triton, e.commit) and row.metric == metric:
                 return Quantiles(row.p20, row.p50, row.p80)
@@ -148,8 +193,13 @@ class Results:
     def fail(self, place: Sequence[str], mode: str, note: str) -> list[Row]:
         return self._write([self._row(place, mode, FAILED, "", (None, None, None), " ".join(note.split())[:300])])
 
+    def _as_written(self, place: Sequence[str]) -> tuple[str, ...]:
+        kernel, provider, *rest = place
+        return kernel, provider + (self._variant if provider.startswith("fused") else ""), *rest
+
     def _row(self, place, mode, metric, unit, value, note="") -> Row:
-        kernel, provider, shape, layout, dtype = place
+        kernel, provider, shape, layout, dtype = self._as_written(place)
+        note = note or self._notes.get(tuple(place), "")
         *where, command = self.environment
         timestamp = datetime.now(timezone.utc).isoformat(timespec="seconds")
         return Row(
@@ -157,18 +207,20 @@ class Results:
         )  # fmt: skip
 
     def _write(self, rows: list[Row]) -> list[Row]:
+        """Append to the file; where that fails, for a disk is full, to stderr, which a log may keep."""
         text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a+", newline="", encoding="utf-8") as file:
-            file.seek(0)
-            before = file.read()
-            if not before:
-                writer.writerow(Row._fields)
-            elif not before.endswith("\n"):
-                text.write("\n")  # a line was cut short
-            writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in row] for row in rows)
-            file.write(text.getvalue())
+        lines = [[f"{v:.6g}" if isinstance(v, float) else v for v in row] for row in rows]
+        csv.writer(text, lineterminator="\n").writerows(lines)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a+", newline="", encoding="utf-8") as file:
+                file.seek(0)
+                before = file.read()
+                header = "" if before else ",".join(Row._fields) + "\n"
+                cut_short = "\n" if before and not before.endswith("\n") else ""
+                file.write(header + cut_short + text.getvalue())
+        except OSError as error:
+            print(f"{error}: {text.getvalue().rstrip()}", file=sys.stderr, flush=True)
         self.rows += rows
         self._cells.update(row.cell for row in rows)
         return rows
@@ -190,7 +242,7 @@ def _parse(line: list[str]) -> Row:
     return row._replace(**{q: float(v) if (v := getattr(row, q)) else None for q in Quantiles._fields})
 
 
-def _output(*command: str) -> str:
+def output(*command: str) -> str:
     """What a command prints; nothing where it fails or does not exist."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 import reference
 from benchmarks import runner, timing, users
+from benchmarks.correctness import Wrong, check_roughly
 from benchmarks.device import prepare
 from benchmarks.plan import Cell
-from benchmarks.rows import Measurement, Results
+from benchmarks.rows import WRONG, Measurement, Results
 from benchmarks.shapes import DTYPES, KERNELS, LAYOUTS, MODES, RESNET_50, bytes_of
 from benchmarks.timing import Prepare, Quantiles
 
@@ -101,11 +102,7 @@ def cells(
 
 
 def measure(cell: Cell, results: Results) -> Iterator[tuple[str, list[Measurement]]]:
-    """Measure each mode in turn.
-
-    Raises:
-        Wrong: the fused module disagrees with the reference at this size.
-    """
+    """Measure each mode in turn; the rows of a fused module that disagrees with the reference are marked."""
     from benchmarks.speed_of_light import copy_times  # here, for prepare() has to come before Triton is imported
 
     device = prepare()
@@ -123,7 +120,10 @@ def measure(cell: Cell, results: Results) -> Iterator[tuple[str, list[Measuremen
     count = timing.input_sets((len(operands) + 1) * bytes_of(cell.shape, cell.dtype))
     sets = [first, *(inputs(cell, device, seed) for seed in range(1, count))]
     if cell.fused and operands[0].numel() <= CHECKED:
-        _check(cell, module, plain, *first)
+        try:
+            _check(cell, module, plain, *first)
+        except Wrong as error:
+            results.mark(cell.place, f"{WRONG}: {error}")
     parameters = list(plain.parameters())
     function = partial(module, activation="relu") if KERNELS[cell.kernel].epilogue else module
     for mode, prepare_calls in calls(function, parameters, sets).items():
@@ -145,8 +145,6 @@ def _speed(times: Quantiles, floor: int, light: Quantiles) -> Iterator[Measureme
 
 
 def _check(cell: Cell, module: nn.Module, plain: nn.Module, operands: Sequence[Tensor], dy: Tensor) -> None:
-    from benchmarks.correctness import check_roughly
-
     x, *residual = operands
     expected = KERNELS[cell.kernel].build(reference, *cell.shape[1:3]).to(x.device)
     expected.load_state_dict(plain.state_dict())

@@ -1,11 +1,11 @@
 """Timing on a GPU: planning, rows, statistics, plots and, with a GPU that only pretends, the measuring itself."""
 
 import csv
+import errno
 import itertools
 import math
 import sys
 import types
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,9 +16,8 @@ import torch
 from torch import nn
 
 import reference.models
-from benchmarks import all as everything
-from benchmarks import correctness, plan, plot, rows, runner, speed, speed_of_light, timing, train, users
-from benchmarks.__main__ import main
+from benchmarks import correctness, plan, plot, rehearsal, rows, runner, speed, timing, train, users
+from benchmarks.__main__ import COMMANDS, main
 from benchmarks.plan import Cell, Costs, execute
 from benchmarks.rows import Environment, Measurement, Results, Row, read
 from benchmarks.shapes import DTYPES, KERNELS, LAYOUTS, MODES, bytes_of
@@ -76,6 +75,28 @@ class TestRows:
             assert not Results(results.path, environment).has(cell.place, cell.modes)
             assert Results(results.path, environment).find(cell.place, "forward", "time") is None
 
+    def test_tell_of_a_cell_that_killed_its_process(self, results):
+        cell = a_cell()
+        with results.running(cell.place, cell.modes):
+            word = results.path.with_name(f"{results.path.name}.running").read_text()
+        assert results.settle() == []  # it ended
+        results.append(cell.place, "forward", [Measurement("time", "us", Quantiles(1, 2, 3))])
+        results.path.with_name(f"{results.path.name}.running").write_text(word)
+        again = Results(results.path, HERE)
+        assert [(row.mode, row.metric) for row in again.settle()] == [("both", "failed")]
+        assert again.has(cell.place, cell.modes)
+        assert again.settle() == []
+        assert len(read(results.path)) == 2
+
+    def test_go_on_where_a_disk_is_full(self, results, monkeypatch, capsys):
+        def full(*args, **kwargs):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(Path, "open", full)
+        results.append(a_cell().place, "both", [Measurement("time", "us", Quantiles(1, 2, 3))])
+        assert results.has(a_cell().place, ["both"])
+        assert "se,fused,both,time,us" in capsys.readouterr().err
+
     def test_of_another_file_count_as_measured(self, results, tmp_path):
         results.append(a_cell().place, "both", [Measurement("time", "us", Quantiles(1, 2, 3))])
         other = Results(tmp_path / "out" / "b.csv", HERE, [results.path])
@@ -98,7 +119,7 @@ class TestRows:
 
     def test_name_the_commit_and_what_differs_from_it(self, monkeypatch):
         answers = {"rev-parse": "0123456789ab", "status": ""}
-        monkeypatch.setattr(rows, "_output", lambda *command: answers[command[3]])
+        monkeypatch.setattr(rows, "output", lambda *command: answers[command[3]])
         assert rows.source_commit() == "0123456789ab"
         answers["status"] = " M attn_kernels/functional.py"
         dirty = rows.source_commit()
@@ -116,7 +137,7 @@ class TestRows:
         assert environment._replace(gpu="NVIDIA H200").file_name == "nvidia_h200.csv"
 
     def test_of_no_program_say_nothing(self):
-        assert rows._output("no-such-program-anywhere") == ""
+        assert rows.output("no-such-program-anywhere") == ""
 
 
 class Clock:
@@ -211,7 +232,7 @@ class TestExecute:
 
 class TestPlan:
     def test_holds_every_cell_once(self):
-        cells = everything.plan()
+        cells = train.cells() + speed.cells()
         assert len({(cell.place, cell.modes) for cell in cells}) == len(cells)
         shapes = {cell.shape for cell in cells if cell.kernel == "se"}
         assert shapes == {
@@ -293,7 +314,7 @@ class TestPlan:
 
 @without_gpu
 class TestCommands:
-    @pytest.mark.parametrize("command", ["speed", "train", "all --minutes 1"])
+    @pytest.mark.parametrize("command", ["speed", "train", "smoke", "once se", "fuzz"])
     def test_say_what_is_missing(self, command, capsys):
         assert main(command.split()) == 2
         out, err = capsys.readouterr()
@@ -312,34 +333,55 @@ class TestCommands:
         assert [len(cells) for cells in asked] == [4, 2]
         assert {cell.shape[0] for cell in asked[1]} == {64}
 
-    @pytest.mark.parametrize("command", ["speed", "train", "all", "plot"])
+    @pytest.mark.parametrize("command", sorted({*COMMANDS} - {"check", "once"}))
     def test_show_an_example(self, command, capsys):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         assert f"example: python -m benchmarks {command}" in " ".join(capsys.readouterr().out.split())
 
-    def test_refuse_results_of_what_is_wrong(self, monkeypatch, tmp_path, capsys):
+    def run(self, tmp_path, monkeypatch, **options):
+        """What is left of a run whose SE is wrong, and its exit status."""
         monkeypatch.setattr(runner, "what_is_missing", lambda: None)
-        monkeypatch.setattr(correctness, "failures", lambda kernels, device: {"se": "off"} if "se" in kernels else {})
+        monkeypatch.setattr(runner, "failure", lambda kernel, *_: "off" if kernel == "se" else None)
         clock = Clock(dict.fromkeys(("fused", "reference"), 1))
         cells = [a_cell("fused", fused="se"), a_cell("reference"), a_cell("fused", kernel="bam", fused="bam")]
-        arguments = SimpleNamespace(command="speed", out=tmp_path, commit="abc", minutes=math.inf)
+        options = {"command": "speed", "out": tmp_path, "commit": "abc", "minutes": math.inf, **options}
         priors = {("speed", name): 1 for name in clock.seconds}
-        assert runner.run(lambda: cells, {"speed": clock.measure}, priors, arguments) == 1
-        (file,) = tmp_path.iterdir()
-        assert {(row.kernel, row.provider) for row in read(file)} == {("se", "reference"), ("bam", "fused")}
+        status = runner.run(lambda: cells, {"speed": clock.measure}, priors, SimpleNamespace(**options))
+        return status, [row for file in tmp_path.glob("*.csv") for row in read(file)]
+
+    def test_mark_results_of_what_is_wrong(self, monkeypatch, tmp_path, capsys):
+        status, found = self.run(tmp_path, monkeypatch)
+        assert status == 1
         assert "WRONG se, off" in capsys.readouterr().err
+        assert (found[0].mode, found[0].metric, found[0].note) == ("correctness", "failed", "WRONG: off")
+        notes = {(row.kernel, row.provider): row.note for row in found[1:]}
+        assert notes == {("se", "fused"): "WRONG: off", ("se", "reference"): "", ("bam", "fused"): ""}
+        # Again: nothing is left, and nothing is checked or measured twice.
+        assert self.run(tmp_path, monkeypatch) == (0, found)
+
+    def test_say_that_cells_are_left(self, monkeypatch, tmp_path):
+        status, found = self.run(tmp_path, monkeypatch, minutes=0)
+        assert status == runner.UNFINISHED
+        assert len(found) == 1  # what is wrong
+
+    def test_tell_plain_launches_apart(self, monkeypatch, tmp_path):
+        _, before = self.run(tmp_path, monkeypatch)
+        monkeypatch.setenv("ATTN_KERNELS_SINGLE_LAUNCH", "0")
+        _, after = self.run(tmp_path, monkeypatch)
+        providers = {(row.kernel, row.provider) for row in after[len(before) :]}
+        assert providers == {("se", "fused_plain_launches"), ("bam", "fused_plain_launches")}
 
 
 class TestCorrectness:
     def test_of_what_is_right(self, device):
-        assert correctness.failures(["se"], device) == {}
+        assert correctness.failure("se", device) is None
 
     def test_names_what_is_wrong(self, device, monkeypatch):
         import attn_kernels
 
         monkeypatch.setattr(attn_kernels, "SimAM", lambda channels: reference.SimAM(e_lambda=1e-2))
-        assert "AssertionError" in correctness.failures(["simam"], device)["simam"]
+        assert "AssertionError" in correctness.failure("simam", device)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_at_the_size_that_is_timed(self, dtype):
@@ -349,67 +391,14 @@ class TestCorrectness:
         with pytest.raises(correctness.Wrong, match="y: error"):
             correctness.check_roughly(wrong, right, x, dy)
         with pytest.raises(correctness.Wrong, match="error nan"):
-            correctness.check_roughly(lambda t: right(t) * math.nan, right, x, dy)
-
-
-class PretendedEvent:
-    """Each is recorded a millisecond after the one before."""
-
-    count = itertools.count()
-
-    def __init__(self, enable_timing):
-        assert enable_timing
-
-    def record(self):
-        self.milliseconds = next(self.count)
-
-    def elapsed_time(self, other):
-        return other.milliseconds - self.milliseconds
+            correctness.check_roughly(nn.Sequential(right, nn.Threshold(math.inf, math.nan)), right, x, dy)
 
 
 @pytest.fixture
 def pretended_gpu(monkeypatch):
-    """What timing asks of a GPU, answered on the CPU: a replay does nothing, and an interval is a millisecond long."""
-    captured = []
-
-    class Graph:
-        def replay(self):
-            assert captured == [self]
-
-        def reset(self):
-            captured.clear()
-
-    @contextmanager
-    def graph(graph, stream):
-        yield
-        captured.append(graph)
-
-    for name, value in {
-        "CUDAGraph": Graph,
-        "graph": graph,
-        "Event": PretendedEvent,
-        "Stream": SimpleNamespace,
-        "synchronize": lambda: None,
-        "current_device": lambda: 0,
-        "get_device_properties": lambda device: SimpleNamespace(L2_cache_size=0),
-        "reset_peak_memory_stats": lambda: None,
-        "memory_allocated": lambda: 2**20,
-        "max_memory_allocated": lambda: 3 * 2**20,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    for name, value in {"WARM_UP": 0, "HOST_ROUNDS": 1, "MIN_SETS": 2}.items():
-        monkeypatch.setattr(timing, name, value)
-    real, modes = torch.compile, []
-
-    def compile_eagerly(module, mode="default", dynamic=None):
-        modes.append(mode)
-        return real(module, backend="eager", dynamic=dynamic)
-
-    monkeypatch.setattr(torch, "compile", compile_eagerly)
-    monkeypatch.setattr(speed_of_light, "copy_times", speed_of_light.copy_times.__wrapped__)
-    monkeypatch.setattr(speed_of_light, "BLOCK", 64)
     monkeypatch.setitem(sys.modules, "torchvision._meta_registrations", types.ModuleType("needs operators of a GPU"))
-    return modes
+    with rehearsal.pretended_gpu() as modes:
+        yield modes
 
 
 def measured(results):
@@ -519,14 +508,15 @@ class TestMeasuring:
         assert saved["reference"] >= 3 * 2 * 8 * 16 * 4
 
     @pytest.mark.parametrize("kernel", ["simam", "se_add_relu"])
-    def test_refuses_a_wrong_result(self, kernel, results, pretended_gpu, monkeypatch):
+    def test_marks_a_wrong_result(self, kernel, results, pretended_gpu, monkeypatch):
         import attn_kernels
 
         monkeypatch.setattr(attn_kernels, "SimAM", lambda channels: reference.SimAM(e_lambda=1e-2))
         monkeypatch.setattr(attn_kernels, "SE", partial(reference.SE, gate="hardsigmoid"))
         cell = a_cell(modes=MODES, kernel=kernel, fused=kernel)
-        assert "Wrong: y: error" in plan.attempt(cell, speed.measure, results, lambda line: None)
-        assert {(row.metric, row.mode) for row in results.rows} == {("failed", mode) for mode in MODES}
+        assert plan.attempt(cell, speed.measure, results, lambda line: None) is None
+        assert {row.mode for row in results.rows if row.metric == "time"} == set(MODES)
+        assert all(row.note.startswith("WRONG: y: error") for row in results.rows)
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("dtype", DTYPES)
@@ -656,6 +646,11 @@ class TestPlot:
         assert sum(plot.NOT_MEASURED in text.get_text() for text in tax.axes[0].texts) == 6
         bars = [patch.get_height() for patch in tax.axes[0].patches]
         assert bars == pytest.approx([9, 30, 40, 2, 6, 3, 4, 12, 2, 6])
+
+    def test_leaves_out_what_is_wrong(self, made_up):
+        first, *others = (row for row in made_up.rows if row.metric == "time")
+        rows = [first._replace(note="WRONG: y: error 1.0"), *others, first._replace(metric="failed", note="why")]
+        assert plot.Measured(rows).rows == others
 
     def test_draws_what_there_is(self, tmp_path):
         rows = [row for row in read(MADE_UP) if row.kernel == "se" and row.commit == "made-up-1"]
