@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from triton.runtime.interpreter import GridExecutor
 
 import attn_kernels
 import reference
@@ -40,12 +41,13 @@ def _check_step(compiled, eager, shape, layout, device):
 
 @pytest.mark.parametrize("kit", [reference, attn_kernels], ids=lambda kit: kit.__name__)
 @pytest.mark.parametrize("name", MODULES)
-def test_one_graph_in_training_inference_and_autocast(name, kit, device):
-    x = real_input((2, 4, 3, 2), torch.float32, "contiguous", device).requires_grad_()
+def test_one_graph_in_training_inference_and_autocast(name, kit, device, monkeypatch):
+    monkeypatch.setattr(GridExecutor, "__call__", lambda *_, **__: None)  # what kernels compute, other tests see
+    x = real_input((2, 12, 5, 7), torch.float32, "contiguous", device).requires_grad_()
     for training, autocast in itertools.product((True, False), repeat=2):
         torch.compiler.reset()
         counter = CompileCounterWithBackend("eager")  # what autograd makes of a graph, the tests below compile too
-        module = MODULES[name](kit, 4).to(device).train(training)
+        module = MODULES[name](kit, 12).to(device).train(training)
         compiled = torch.compile(module, backend=counter, fullgraph=True)  # raises where the graph breaks
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             y = compiled(x, x, "relu")
