@@ -1,13 +1,16 @@
 """``python -m attn_kernels``: what runs on this machine and why not, and a check of each module against the reference.
 
-Exits with status 1 if a module disagrees.
+Exits with status 1 if a module disagrees, or if it cannot be told what runs. What fails costs its own line only.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import sys
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -23,25 +26,33 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 NAMES = ("SE", "ChannelGate", "SpatialGate", "CBAM", "BAM", "SimAM")
 # Of the greatest value: float32 with sums of a thousand numbers leaves 1e-6 of it, a wrong formula 1e-2 and more.
 TOLERANCE = 1e-4
+OK, FAILED = "ok", "FAILED"
+
+
+def answer(probe: Callable[..., str], *args: object) -> str:
+    """What the probe says, or what it raises in its place: every line that this command prints comes from here."""
+    try:
+        return probe(*args)
+    except Exception as error:  # of whatever kind: the other lines are still to come
+        return f"{FAILED}, {type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def environment() -> dict[str, str]:
     """What decides whether kernels run here."""
-    facts = {
-        "attn_kernels": attn_kernels.__version__,
-        "Python": platform.python_version(),
-        "PyTorch": torch.__version__,
-        "Triton": _version("triton"),
-        "driver": _driver(),
+    probes = {
+        "attn_kernels": lambda: attn_kernels.__version__,
+        "Python": platform.python_version,
+        "PyTorch": lambda: torch.__version__,
+        "Triton": partial(_version, "triton"),
+        "numpy": partial(_version, "numpy"),
+        "driver": _driver,
+        "GPUs": lambda: str(torch.cuda.device_count()),
     }
-    for i in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(i)
-        memory = f"{gpu.total_memory / 2**30:.0f} GiB, {gpu.multi_processor_count} multiprocessors"
-        facts[f"GPU {i}"] = f"{gpu.name}, capability {gpu.major}.{gpu.minor}, {memory}"
-    if not torch.cuda.device_count():
-        facts["GPU"] = "none"
-    facts["TRITON_INTERPRET"] = os.environ.get("TRITON_INTERPRET", "not set")
-    facts["ATTN_KERNELS_DISABLE"] = os.environ.get("ATTN_KERNELS_DISABLE", "not set")
+    facts = {name: answer(probe) for name, probe in probes.items()}
+    for i in range(int(facts["GPUs"]) if facts["GPUs"].isdecimal() else 0):
+        facts[f"GPU {i}"] = answer(_gpu, i)
+    for variable in ("TRITON_INTERPRET", "ATTN_KERNELS_DISABLE"):
+        facts[variable] = os.environ.get(variable, "not set")
     return facts
 
 
@@ -52,16 +63,23 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _gpu(index: int) -> str:
+    gpu = torch.cuda.get_device_properties(index)
+    memory = f"{gpu.total_memory / 2**30:.0f} GiB, {gpu.multi_processor_count} multiprocessors"
+    return f"{gpu.name}, capability {gpu.major}.{gpu.minor}, {memory}"
+
+
 def _driver() -> str:
-    if torch.version.cuda is None:
-        return "not asked: this PyTorch is built without CUDA"
+    """The newest CUDA that the driver knows, asked of the driver itself: PyTorch has no public function for it."""
+    built_for = f"PyTorch is built {f'for CUDA {torch.version.cuda}' if torch.version.cuda else 'without CUDA'}"
     try:
-        driver = torch._C._cuda_getDriverVersion()
-    except RuntimeError as error:
-        return str(error).splitlines()[0]
-    if driver == 0:
-        return f"none found (PyTorch is built for CUDA {torch.version.cuda})"
-    return f"CUDA {driver // 1000}.{driver % 1000 // 10} (PyTorch is built for CUDA {torch.version.cuda})"
+        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return f"none found ({built_for})"
+    number = ctypes.c_int()
+    if status := driver.cuDriverGetVersion(ctypes.byref(number)):
+        return f"error {status} ({built_for})"
+    return f"CUDA {number.value // 1000}.{number.value % 1000 // 10} ({built_for})"
 
 
 def device() -> torch.device:
@@ -91,15 +109,24 @@ def build(kit: object, name: str) -> nn.Module:
     return getattr(kit, name)(*(() if name == "SpatialGate" else (CHANNELS,)))
 
 
+def why_not() -> str:
+    """Why no module takes the fused path here, whatever its input; empty where they do."""
+    return "; ".join(functional.why_not(torch.zeros(1, 1, 1, 1, device=device())))
+
+
+def path(name: str, dtype: torch.dtype, memory_format: torch.memory_format) -> str:
+    """Whether the named module takes the fused path in this dtype and layout."""
+    module = build(attn_kernels, name).to(device())
+    x = torch.zeros(2, CHANNELS, 4, 4, device=device(), dtype=dtype).contiguous(memory_format=memory_format)
+    return "fused" if attn_kernels.explain(module, x).fused else "reference"
+
+
 def paths() -> list[tuple[str, ...]]:
     """A row a module and layout: which dtypes take the fused path."""
     rows = [("module", "layout", *(str(dtype).removeprefix("torch.") for dtype in DTYPES))]
     for name in NAMES:
-        module = build(attn_kernels, name).to(device())
         for layout, memory_format in LAYOUTS.items():
-            x = torch.zeros(2, CHANNELS, 4, 4, device=device()).contiguous(memory_format=memory_format)
-            explained = [attn_kernels.explain(module, x.to(dtype)) for dtype in DTYPES]
-            rows.append((name, layout, *("fused" if e.fused else "reference" for e in explained)))
+            rows.append((name, layout, *(answer(path, name, dtype, memory_format) for dtype in DTYPES)))
     return rows
 
 
@@ -127,18 +154,20 @@ def _results(module: nn.Module, x: Tensor, residual: Tensor, dy: Tensor) -> list
     return [y.detach(), *torch.autograd.grad(y, [*inputs, *module.parameters()], dy)]
 
 
+def verdict(name: str) -> str:
+    """Whether the named module agrees with the reference."""
+    found = error(name)
+    return f"{OK if found <= TOLERANCE else 'WRONG'}, error {found:.1e} of {TOLERANCE:.0e}"
+
+
 def self_check() -> bool:
     """Print a line a module, forward and backward; return whether all agree with the reference."""
     print(f"Self-check on {device()}: float32, forward and backward, against the reference in float64")
     agree = True
     for name in (*NAMES, "channel_attention"):
-        try:
-            found = error(name)
-            verdict = f"{'ok' if found <= TOLERANCE else 'WRONG'}, error {found:.1e} of {TOLERANCE:.0e}"
-        except Exception as raised:  # of whatever kind: the other modules are still to be checked
-            found, verdict = float("inf"), f"FAILED, {type(raised).__name__}: {str(raised).splitlines()[0]}"
-        print(f"  {name:<17} {verdict}", flush=True)
-        agree &= found <= TOLERANCE
+        found = answer(verdict, name)
+        print(f"  {name:<17} {found}", flush=True)
+        agree &= found.startswith(OK)
     return agree
 
 
@@ -146,12 +175,16 @@ def main() -> int:
     for name, fact in environment().items():
         print(f"{name:<20} {fact}")
     print()
-    if reasons := functional.why_not(torch.zeros(1, 1, 1, 1, device=device())):
-        print(f"Every module runs the reference formula here: {'; '.join(reasons)}.")
+    reasons = answer(why_not)
+    if reasons.startswith(FAILED):
+        print(f"What runs here cannot be told: {reasons}")
+        return 1
+    if reasons:
+        print(f"Every module runs the reference formula here: {reasons}.")
         return 0
     print(f"What a call runs on {device()}")
     for module, layout, *cells in paths():
-        print(f"  {module:<12} {layout:<14}" + "".join(cell.ljust(10) for cell in cells).rstrip())
+        print(f"  {module:<12} {layout:<14}" + " ".join(cell.ljust(9) for cell in cells).rstrip())
     print()
     return 0 if self_check() else 1
 

@@ -49,7 +49,8 @@ def why_not(module: nn.Module, plan: Plan, x: object) -> list[str]:
 
 def global_hooks() -> list[str]:
     """That there are hooks on every module, if so: they would miss the calls that a fused one bypasses."""
-    return ["hooks on every module"] if nn.modules.module._has_any_global_hook() else []
+    known = nn.modules.module  # its function is private: a PyTorch without it cannot be asked
+    return ["hooks on every module"] if hasattr(known, "_has_any_global_hook") and known._has_any_global_hook() else []
 
 
 def state_of(module: nn.Module) -> dict:

@@ -10,6 +10,7 @@ formula, that is plain operators. ``why_not`` decides, and ``attn_kernels.explai
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import reference
+from attn_kernels._versions import interpreter_clash
 from attn_kernels.ops._library import PLAIN, dense, like
 from attn_kernels.ops._norm import is_plain
 from reference._common import without_autocast
@@ -46,7 +48,14 @@ else:
         from attn_kernels.ops import channel_scale as _channel_scale
         from attn_kernels.ops import simam as _simam
 
-        _DEVICES = ("cuda", "cpu") if triton.knobs.runtime.interpret else ("cuda",)
+        _DEVICES = ("cuda",)
+        if triton.knobs.runtime.interpret:
+            import numpy
+
+            _NO_DEVICE = interpreter_clash(triton.__version__, numpy.__version__)
+            _DEVICES = () if _NO_DEVICE else ("cuda", "cpu")
+        if _NO_DEVICE:
+            warnings.warn(f"{_NO_DEVICE}: every module runs the reference formula", RuntimeWarning)
 
 __all__ = ["bam", "cbam", "channel_attention", "channel_gate", "se", "simam", "spatial_gate"]
 
@@ -60,7 +69,7 @@ def why_not(x: Tensor, others: Sequence[Tensor | None] = (), norm: object = None
         norm: the spatial gate's, where there is one.
     """
     # Nothing is asked about shapes here: what is asked becomes a condition of the exported program.
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if _is_exporting() or torch.jit.is_tracing():
         return ["torch.export, ONNX export and torch.jit.trace record plain operators"]
     reasons = []
     if not _DEVICES:
@@ -80,9 +89,9 @@ def why_not(x: Tensor, others: Sequence[Tensor | None] = (), norm: object = None
     if type(x) not in PLAIN or not PLAIN.issuperset(map(type, others)):
         kinds = sorted({type(t).__name__ for t in (x, *others) if type(t) not in PLAIN})
         reasons.append(f"x, the residual or a parameter is a {', '.join(kinds)}, and the kernels read plain tensors")
-    if forward_ad._current_level >= 0:
+    if getattr(forward_ad, "_current_level", -1) >= 0:
         reasons.append("the kernels have no forward-mode derivative")
-    if torch._C._are_functorch_transforms_active():
+    if hasattr(torch._C, "_are_functorch_transforms_active") and torch._C._are_functorch_transforms_active():
         reasons.append("torch.func transforms plain operators")
     if norm is not None and _DEVICES:
         if not _cbam.is_fusable(norm):
@@ -91,6 +100,12 @@ def why_not(x: Tensor, others: Sequence[Tensor | None] = (), norm: object = None
         elif not is_plain(norm):
             reasons.append("a parameter or buffer of the norm is no plain tensor")
     return reasons
+
+
+def _is_exporting() -> bool:
+    """``torch.compiler.is_exporting()``, which under torch.compile is always true for the Dynamo of torch 2.11."""
+    exporting = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if exporting is None else exporting
 
 
 def is_fused(x: Tensor, others: Sequence[Tensor | None] = (), norm: object = None) -> bool:

@@ -1,12 +1,16 @@
 """torch.compile: no graph break, no specialised batch, the eager numbers; Inductor's code around the operators."""
 
+import itertools
 import shutil
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from triton.runtime.interpreter import GridExecutor
 
+import attn_kernels
+import reference
 from tests.harness import MODULES, assert_same_gradients, pair, real_input, registered_operators
 
 ATTENTIONS = ("se", "cbam", "bam", "simam", "channel_attention")
@@ -33,6 +37,23 @@ def _check_step(compiled, eager, shape, layout, device):
     torch.testing.assert_close(y, expected)
     assert y.stride() == x.stride()
     assert_same_gradients(*got, *want)
+
+
+@pytest.mark.parametrize("kit", [reference, attn_kernels], ids=lambda kit: kit.__name__)
+@pytest.mark.parametrize("name", MODULES)
+def test_one_graph_in_training_inference_and_autocast(name, kit, device, monkeypatch):
+    monkeypatch.setattr(GridExecutor, "__call__", lambda *_, **__: None)  # what kernels compute, other tests see
+    x = real_input((2, 12, 5, 7), torch.float32, "contiguous", device).requires_grad_()
+    for training, autocast in itertools.product((True, False), repeat=2):
+        torch.compiler.reset()
+        counter = CompileCounterWithBackend("eager")  # what autograd makes of a graph, the tests below compile too
+        module = MODULES[name](kit, 12).to(device).train(training)
+        compiled = torch.compile(module, backend=counter, fullgraph=True)  # raises where the graph breaks
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            y = compiled(x, x, "relu")
+        torch.autograd.grad(y.sum(), [x, *module.parameters()])
+        (graph,) = counter.graphs
+        assert ("torch.ops.attn_kernels." in graph.print_readable(print_output=False)) == (kit is attn_kernels)
 
 
 @pytest.mark.parametrize(("dynamic", "layout"), [(None, "contiguous"), (True, "channels_last")])

@@ -1,10 +1,12 @@
 """What ``explain`` and ``python -m attn_kernels`` say, and that it is what the call does."""
 
+import ctypes
 import os
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ import attn_kernels
 import reference
 from attn_kernels import __main__ as command
 from attn_kernels import explain, functional, fuse_
+from attn_kernels._versions import interpreter_clash
 from tests.harness import LAYOUTS, MODULES, pair, real_input
 from tests.peers import jongchan, moskomule, simam_module
 from tests.test_fuse import SqueezeExciteCl, timm
@@ -339,6 +342,84 @@ def test_command_says_in_one_line_why_nothing_is_fused(environment, reason):
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"Every module runs the reference formula here: {reason}."
     assert "fused" not in done.stdout
+
+
+def _raise(*_):
+    raise RuntimeError("a probe\nof two lines")
+
+
+def test_command_asks_the_driver(monkeypatch):
+    class Driver:
+        status = 0
+
+        def cuDriverGetVersion(self, number):
+            number._obj.value = 13020
+            return self.status
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
+    assert command.environment()["driver"].startswith("CUDA 13.2 (PyTorch is built ")
+    monkeypatch.setattr(Driver, "status", 34)
+    assert command.environment()["driver"].startswith("error 34 ")
+
+
+@pytest.mark.parametrize(
+    ("owner", "probe", "lines"),
+    [
+        (command.platform, "python_version", ["Python"]),
+        (command, "version", ["Triton", "numpy"]),
+        (command.ctypes, "byref", ["driver"]),
+        (torch.cuda, "device_count", ["GPUs"]),
+        (torch.cuda, "get_device_properties", ["GPU 0"]),
+        (torch.cuda, "is_available", ["What runs here"]),
+        (functional, "why_not", ["What runs here"]),
+        (attn_kernels, "explain", [f"  {name}" for name in command.NAMES]),
+        (attn_kernels, "SE", ["  SE"]),
+        (command, "error", [f"  {name}" for name in (*command.NAMES, "channel_attention")]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_command_outlives_every_probe(owner, probe, lines, device, monkeypatch, capsys):
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(cuDriverGetVersion=lambda number: 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda i: SimpleNamespace(name="GPU", major=9, minor=0, total_memory=2**30, multi_processor_count=132),
+    )
+    if probe != "error":
+        monkeypatch.setattr(command, "error", lambda name: command.build(attn_kernels, name) and 0.0)
+    monkeypatch.setattr(owner, probe, _raise)
+    status = command.main()
+    printed = capsys.readouterr().out.splitlines()
+    failed = [line for line in printed if "FAILED, RuntimeError: a probe of two lines" in line]
+    assert all(any(line.startswith(name) for line in failed) for name in lines)
+    assert all(line.startswith(tuple(lines)) for line in failed)
+    assert {"Python", "Triton", "driver", "GPUs"} <= {line.split()[0] for line in printed if line.strip()}
+    assert status == any(name.startswith(("  ", "What")) and probe != "explain" for name in lines)
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "clash"),
+    [("3.6.0", "2.4.0", True), ("3.6.0", "2.3.5", False), ("3.7.0", "2.4.6", False), ("3.10.0", "2.10.0rc1", False)],
+)
+def test_interpreter_clash(triton, numpy, clash):
+    said = interpreter_clash(triton, numpy)
+    assert bool(said) == clash
+    assert not clash or (triton in said and numpy in said)
+
+
+def test_interpreter_beside_a_numpy_that_it_cannot_use():
+    python(
+        "import warnings, numpy, torch, triton\n"
+        "triton.__version__, numpy.__version__ = '3.6.0', '2.4.0'\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    import attn_kernels\n"
+        "reasons = attn_kernels.explain(attn_kernels.SE(8), torch.zeros(1, 8, 1, 1)).reasons\n"
+        "words = 'the interpreter of Triton 3.6.0 needs numpy below 2.4, and this is numpy 2.4.0'\n"
+        "assert words in reasons, reasons\n"
+        "assert any(words in str(warning.message) for warning in caught), caught\n",
+        TRITON_INTERPRET="1",
+    )
 
 
 def test_command_fails_where_a_module_is_wrong(device, monkeypatch, capsys):

@@ -11,7 +11,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, library, nn
-from torch._subclasses.fake_tensor import FakeTensor
+
+try:
+    from torch._subclasses.fake_tensor import FakeTensor
+except ImportError:  # it is private: where it has moved, torch.compile compiles the reference formula
+    FakeTensor = Tensor
 
 # A kernel reads the memory of these. Any other subclass (a shard, a quantised weight) has operators of its own. Under
 # torch.compile and in its fake tensors an operator is recorded, not run.
