@@ -27,7 +27,7 @@ STOPPED, HUNG, DIED = "stopped at its limit", "hung", "died"
 EXIT_STATUS = {0: OK, 1: FAILED, 2: SKIPPED, 3: UNFINISHED}
 
 GRACE = 5.0  # seconds from SIGINT to SIGABRT
-LAST_WORDS = 1.0  # seconds from there to SIGKILL
+LAST_WORDS = 2.0  # seconds from there to SIGKILL
 POLL = 0.05
 HEARTBEAT = 30.0  # seconds after which a line says what still runs
 LOGGED = 2**19  # bytes of a step's output that are kept: a step in an endless loop must not fill the disk
@@ -103,9 +103,22 @@ def run_all(steps: Sequence[Step], log: Log, ended: Callable[[Ended], None] = la
                 heartbeat += HEARTBEAT
                 log.say("all", f"{', '.join(process.step.name for process in running)} still running")
     finally:
-        for process in running:  # this process is being stopped itself
-            process.kill()
+        _stop(running)
     return found
+
+
+def _stop(running: Sequence[_Process]) -> None:
+    """End what still runs, for this process is being stopped itself: in order where that takes no longer than a moment.
+
+    A cell that SIGKILL ends is taken for one that hangs.
+    """
+    for process in running:
+        process.interrupt()
+    end = time.monotonic() + LAST_WORDS
+    while time.monotonic() < end and not all(process.is_over() for process in running):
+        time.sleep(POLL)
+    for process in running:
+        process.kill()
 
 
 class _Process:
@@ -140,14 +153,13 @@ class _Process:
 
     def has_ended(self) -> bool:
         """Whether it has; past its limit it is interrupted, and killed if that does not help."""
-        if self._popen is None or self._popen.poll() is not None:
+        if self.is_over():
             return True
         now = time.monotonic()
         if self._interrupted is None:
             if now > self._start + self.step.limit:
-                self._interrupted = now
                 self._log.say(self.step.name, "is past its limit: SIGINT")
-                _signal(os.killpg, self._popen.pid, signal.SIGINT)
+                self.interrupt()
             return False
         since = now - self._interrupted
         if since > GRACE and not self._hung:
@@ -158,6 +170,14 @@ class _Process:
             self.kill()
         # A process that not even the kernel can end, for a driver does not let it go, is not waited for.
         return since > 2 * GRACE + LAST_WORDS
+
+    def is_over(self) -> bool:
+        return self._popen is None or self._popen.poll() is not None
+
+    def interrupt(self) -> None:
+        self._interrupted = time.monotonic()
+        if self._popen is not None:
+            _signal(os.killpg, self._popen.pid, signal.SIGINT)
 
     def kill(self) -> None:
         """End it and everything that it started, in whatever session."""

@@ -90,6 +90,22 @@ class TestSteps:
         assert children
         assert not any(is_running(int(pid)) for pid in children)
 
+    def test_are_interrupted_before_they_are_killed_with_it(self, log, monkeypatch, tmp_path):
+        done = tmp_path / "done"
+        code = f"import time\ntry:\n print('on', flush=True); time.sleep(99)\nfinally: open({str(done)!r}, 'w')"
+
+        def stop(seconds):
+            if "on" in (tmp_path / "log.txt").read_text().split():
+                monkeypatch.setattr(process.time, "sleep", sleep)
+                raise KeyboardInterrupt
+            sleep(seconds)
+
+        sleep = time.sleep
+        monkeypatch.setattr(process.time, "sleep", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_all([step("a", code)], log)
+        assert done.exists()
+
 
 def is_running(pid: int) -> bool:
     try:
