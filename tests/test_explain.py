@@ -192,7 +192,7 @@ def test_triton_missing():
     python(
         WITHOUT_TRITON + "import torch, attn_kernels\n"
         "reasons = attn_kernels.explain(attn_kernels.SE(8), torch.zeros(1, 8, 1, 1)).reasons\n"
-        "assert reasons == ('Triton cannot be imported: no triton here',), reasons"
+        "assert len(reasons) == 1 and reasons[0].startswith('Triton cannot be imported: import of triton'), reasons"
     )
 
 
