@@ -204,7 +204,7 @@ def squeeze(
             p_arg = i_n * S * C + o_c
             if slots_ptr is None:
                 last = phase == JOIN
-                m_own = m_c & (phase == PARTS)
+                m_own = o_c < tl.where(phase == PARTS, C, 0)
             else:
                 last = i_s == S - 1
                 m_own = m_c

@@ -114,7 +114,7 @@ def _sum_planes(
         p_stats = stats_ptr + i_n * S * (1 + AVG) * C + o_c
         if slots_ptr is None:
             last = phase == JOIN
-            m_own = m_c & (phase == PARTS)
+            m_own = o_c < tl.where(phase == PARTS, C, 0)
         else:
             last = i_s == S - 1
             m_own = m_c
@@ -298,8 +298,8 @@ def _dweights(
     m_ch = m_c[:, None] & m_h[None, :]
     tl.store(dw1_ptr + o_h[None, :] * C + o_c[:, None], unless(given_up, b_dw1), mask=m_ch)
     tl.store(dw2_ptr + o_c[:, None] * H + o_h[None, :], unless(given_up, b_dw2), mask=m_ch)
-    tl.store(db1_ptr + o_h, unless(given_up, b_db1), mask=m_h & (i_c == 0))
-    tl.store(db2_ptr + o_c, unless(given_up, K * b_db2), mask=m_c & (i_h == 0))
+    tl.store(db1_ptr + o_h, unless(given_up, b_db1), mask=o_h < tl.where(i_c == 0, H, 0))
+    tl.store(db2_ptr + o_c, unless(given_up, K * b_db2), mask=o_c < tl.where(i_h == 0, C, 0))
 
 
 @triton.jit

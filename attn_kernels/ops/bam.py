@@ -222,7 +222,7 @@ def dx_kernel(
             store_tile(b_dx, dx_ptr, i_n, c, p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
         p_dweight = dparameters_ptr + tl.cast(i_q, tl.int64) * H * (C + 1)
         tl.store(p_dweight + o_h[:, None] * C + o_c[None, :], b_dweight, mask=m_h[:, None] & m_c[None, :])
-        tl.store(p_dweight + H * C + o_h, b_dbias, mask=m_h & (c == 0))
+        tl.store(p_dweight + H * C + o_h, b_dbias, mask=o_h < tl.where(c == 0, H, 0))
 
 
 def _apply(
