@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import attn_kernels
 from attn_kernels.functional import is_fused
+from benchmarks.interpreter import skip_repeated_work
 from tests.harness import assert_same_gradients, networks
 
 WORLD = 2
@@ -38,6 +39,8 @@ def _spawn(work, tmp_path, *arguments):
 def _enter(rank, rendezvous, work, arguments):
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    if not torch.cuda.is_available():
+        skip_repeated_work()
     dist.init_process_group(
         "gloo",
         init_method=f"file://{rendezvous}",
