@@ -427,7 +427,8 @@ def gate_bwd_kernel(
                 dpart_ptr, saved_ptr, dpre_ptr, given_up, group, item, N, H, J, K, ACTIVATION, SAMPLES, BLOCK_E
             )
             if SINGLE:
-                mark(p_hidden + group * hidden_items + item, stamp)
+                if not given_up:  # who waits for it reads what the first phase has left, too
+                    mark(p_hidden + group * hidden_items + item, stamp)
                 if (group == groups - 1) & (item == hidden_items - 1):
                     given_up = wait(p_hidden, groups * hidden_items, given_up_ptr, stamp)
                     if not given_up:

@@ -14,7 +14,7 @@ zeroed before each replay, by a node of the graph.
 
 Nobody waits for ever. Who has polled ``PATIENCE`` times in vain, about a second, gives up and says so in the launch's
 first slot, whereupon all others give up at once. What would have come from the missing data is then NaN; indices stay
-in their range and BatchNorm's buffers as they were.
+in their range and the buffers of CBAM's BatchNorm as they were.
 
 ``ATTN_KERNELS_SINGLE_LAUNCH=0`` does without waiting: the same kernels, one launch per phase.
 
@@ -137,13 +137,15 @@ def wait(slots_ptr, count, given_up_ptr, stamp):
         o = i + tl.arange(0, 512)
         pending = 1
         while (pending > 0) & (polls < PATIENCE):
+            # Ahead of the atomics, behind whose acquire it would cost a round trip to L2. Warps may see it differently:
+            # what counts is the maximum, which is the same for all.
+            polled = tl.where(tl.load(given_up_ptr, volatile=True) == stamp, PATIENCE, 1)
             b_slots = tl.atomic_or(slots_ptr + o, 0, mask=o < count, sem="acquire")
-            given_up = tl.load(given_up_ptr, volatile=True) == stamp
-            pending = tl.max(((b_slots != stamp) & (o < count)).to(tl.int32), axis=0)
-            polls += tl.where(given_up, PATIENCE, 1) * pending
+            pending = tl.max(tl.where((b_slots != stamp) & (o < count), polled, 0), axis=0)
+            polls += pending
     tl.debug_barrier()
     if polls >= PATIENCE:
-        tl.store(given_up_ptr, stamp)
+        tl.atomic_xchg(given_up_ptr, stamp, sem="relaxed")
     return polls >= PATIENCE
 
 

@@ -219,7 +219,7 @@ def scale_kernel(
     mask_ptr,  # bits of the ReLU, written, or None
     gate_ptr,  # (N, C), or None; the scratch memory of pools_kernel
     slots,  # where its slots begin, or None where it had none
-    stamp,  # its
+    stamp,  # of its launch
     z_ptr,  # (N, P) and, behind it, written: mean and 1 / standard deviation
     part_ptr,  # (3, programs)
     weight_ptr,  # (1,) or None
