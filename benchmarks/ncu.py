@@ -11,6 +11,7 @@ import csv
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from benchmarks.process import append, tool
@@ -43,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     failed = False
     for family in arguments.families or FAMILIES:
         print(f"{family}: profiling", flush=True)
-        lines = subprocess.run(command(program, family), capture_output=True, text=True).stdout.splitlines()
+        lines = _lines(command(program, family))
         found = kernels(lines)
         if not found:
             failed = True
@@ -56,6 +57,12 @@ def run(arguments: argparse.Namespace) -> int:
             print(family, name, *map("=".join, zip(METRICS.values(), values, strict=True)), flush=True)
         append(path, text)
     return 1 if failed else 0
+
+
+def _lines(arguments: list[str]) -> list[str]:
+    """What a program prints, its errors too."""
+    ended = subprocess.run(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return ended.stdout.splitlines()
 
 
 def command(program: str, family: str) -> list[str]:
@@ -74,5 +81,6 @@ def kernels(lines: Iterable[str]) -> list[tuple[str, dict[str, float]]]:
         if column := METRICS.get(row.get("Metric Name", "")):
             name = row["Kernel Name"].partition("(")[0].replace(",", ";")
             _, metrics = found.setdefault(row["ID"], (name, {}))
-            metrics[column] = float(row["Metric Value"].replace(",", ""))
+            with suppress(ValueError):  # a metric that this GPU does not have
+                metrics[column] = float(row["Metric Value"].replace(",", ""))
     return list(found.values())

@@ -127,6 +127,8 @@ class _Process:
         self._start, self._interrupted, self._hung, self._killed = time.monotonic(), None, False, False
         self._last = ""  # line before anything was done to it
         python = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+        # torch.compile moves Triton's cache to a folder of its own, unless it is told where the cache is.
+        python["TRITON_CACHE_DIR"] = os.environ.get("TRITON_CACHE_DIR") or str(Path.home() / ".triton" / "cache")
         environment = {**os.environ, **python, **step.environment, MARK: self._mark}
         log.say(step.name, f"starts, at most {step.limit:.0f} s: {' '.join(step.command)}")
         try:

@@ -32,8 +32,8 @@ PROVIDERS = {
     "copy": (0, 2),
     "fused": (0, 8),
     "eager": (0, 3),
-    "compile": (0, 15),
-    "fused_compile": (4, 15),
+    "compile": (0, 7),
+    "fused_compile": (4, 7),
     "reference": (6, 3),
     "compile_max_autotune": (100, 30),
 }

@@ -83,7 +83,12 @@ def failures(steps: dict[str, dict], smoke: list[dict], rows: list[Row], log: st
             seen.setdefault(row["note"][:80], []).append(place + f": {row['note']}")
     for same in seen.values():
         found.append(same[0] + (f" (and {len(same) - 1} rows likewise)" if len(same) > 1 else ""))
-    found += [f"tests: {line}" for line in re.findall(r" s  tests[^:]*: ((?:FAILED|ERROR) .*)", log)]
+    # As each test fails, and again with its message at the end, if the step has come so far.
+    failed: dict[str, str] = {}
+    for line in re.findall(r" s  tests[^:]*: (?:\[gw\d+\] \[ *\d+%\] )?((?:FAILED|ERROR) .*)", log):
+        test = line.partition(" - ")[0].strip()
+        failed[test] = max(failed.get(test, ""), line, key=len)
+    found += [f"tests: {line}" for line in failed.values()]
     yield f"## Failures: {len(found) or 'none so far'}"
     yield from (f"- {' '.join(line.split())[:WIDTH]}" for line in found[:FAILURES])
     if len(found) > FAILURES:

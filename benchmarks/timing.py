@@ -9,6 +9,7 @@ import functools
 import gc
 import itertools
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -169,7 +170,8 @@ def release() -> None:
     Raises:
         RuntimeError: the GPU can no longer be used by this process, after an illegal access for example.
     """
-    torch.compiler.reset()
+    if "torch._dynamo" in sys.modules:  # whose import takes seconds
+        torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -44,7 +44,7 @@ PEERS_ATTENTION = {"SEModule", "SqueezeExcite", "SqueezeExcitation"}  # the name
 NETWORKS = (*(f"{attention}_{RESNET}" for attention in ATTENTIONS), *PEERS)
 PLAIN = "_plain"
 # How a network is computed, how much less telling than the rest that is, and the seconds that it takes at first.
-PROVIDERS = {"eager": (0, 8), "fused": (0, 12), "compile": (1, 100), "fused_compile": (1, 100)}
+PROVIDERS = {"eager": (0, 6), "fused": (0, 8), "compile": (1, 100), "fused_compile": (1, 100)}
 FUSED = ("fused", "fused_compile")
 COMPILED = ("compile", "fused_compile")
 PLAIN_PROVIDER = {"eager": "eager", "fused": "eager", "compile": "compile", "fused_compile": "compile"}

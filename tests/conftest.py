@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
     skip_repeated_work()
 torch.set_num_threads(1)  # pytest-xdist already uses every core
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # the oracle is exact
+torch.backends.cudnn.deterministic = True  # and BAM's convolutions, which are PyTorch's, repeat bit by bit
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -333,7 +333,11 @@ class TestSummary:
 
     def test_of_tests_and_bytes(self, tmp_path):
         log = Log(tmp_path / "log.txt", time.monotonic())
-        for line in ("FAILED tests/test_ops.py::test_x - assert 1 == 2", "== 1 failed, 9 passed in 31.2s =="):
+        for line in (
+            "[gw3] [ 12%] FAILED tests/test_ops.py::test_x ",
+            "FAILED tests/test_ops.py::test_x - assert 1 == 2",
+            "== 1 failed, 9 passed in 31.2s ==",
+        ):
             log.say("tests in plain launches", line)
         write_lines(
             tmp_path / "steps.jsonl", {"step": "tests in plain launches", "status": "failed", "seconds": 31, "last": ""}
@@ -343,7 +347,7 @@ class TestSummary:
         row = f"se,32x256x56x56,channels_last,bf16,{x},channel_gate_kernel,{x},{2 * x},{4 * x},100"
         (tmp_path / "ncu.csv").write_text(f"{columns}\n{row}\n{row[:40]}")
         text = summary.text(tmp_path, False, 1.0)
-        assert "- tests: FAILED tests/test_ops.py::test_x" in text
+        assert text.count("- tests: FAILED tests/test_ops.py::test_x") == 1
         assert "## Tests: 1 failed, 9 passed in 31.2s" in text
         (line,) = (line for line in text.splitlines() if line.startswith("| se, 32x256x56x56"))
         _, _, measured, modelled, l2, kernels, _ = line.split("|")
@@ -382,3 +386,9 @@ se: called once
         monkeypatch.setattr(ncu, "tool", lambda name: None)
         assert main(["ncu", "--out", str(tmp_path)]) == 2
         assert "ncu is not here" in capsys.readouterr().err
+
+
+def test_the_files_with_tests_for_a_device_are_known():
+    folder = Path(__file__).parent
+    marked = {path.stem for path in folder.glob("test_*.py") if "mark.device" in path.read_text(encoding="utf-8")}
+    assert marked - {"test_all"} == {f"test_{name}" for name in everything.DEVICE_TESTS}
