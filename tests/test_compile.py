@@ -53,7 +53,7 @@ FAST = {
     "sm_89": ["--maps", "1024x14x14", "--dtypes", "fp32", "--modules", "SE", "SimAM"],
     "sm_90": ["--maps", "1024x14x14", "--dtypes", "bf16"],
     "sm_100": ["--maps", "256x56x56", "--dtypes", "bf16", "--modules", "SimAM", "BAM"],
-    "sm_120": ["--maps", "128x28x28", "512x28x28", "--dtypes", "fp64", "--modules", "SimAM"],
+    "sm_120": ["--maps", "512x28x28", "--dtypes", "fp64", "--modules", "SimAM"],
 }
 
 

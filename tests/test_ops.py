@@ -183,8 +183,8 @@ def test_any_shape(module, n, c, h, w, layout, tail, device):
 
 @pytest.mark.device
 @pytest.mark.parametrize("module", ["channel_gate", "cbam", "bam"])
-@pytest.mark.parametrize("shape", [(2, 1024, 1, 1), (2, 3, 40, 40)])
-@pytest.mark.parametrize("layout", LAYOUTS)
+# In the other layout neither makes a narrow tile.
+@pytest.mark.parametrize(("shape", "layout"), [((2, 1024, 1, 1), "contiguous"), ((2, 3, 40, 40), "channels_last")])
 def test_tiles_at_their_narrowest(module, shape, layout, device):
     build = lambda kit: MODULES[module](kit, shape[1])  # noqa: E731
     check(build, shape, torch.bfloat16, layout, device, activation="relu", training=False)
