@@ -51,7 +51,7 @@ def environment() -> dict[str, str]:
     facts = {name: answer(probe) for name, probe in probes.items()}
     for i in range(int(facts["GPUs"]) if facts["GPUs"].isdecimal() else 0):
         facts[f"GPU {i}"] = answer(_gpu, i)
-    for variable in ("TRITON_INTERPRET", "ATTN_KERNELS_DISABLE"):
+    for variable in ("TRITON_INTERPRET", "ATTN_KERNELS_DISABLE", "ATTN_KERNELS_SINGLE_LAUNCH"):
         facts[variable] = os.environ.get(variable, "not set")
     return facts
 
@@ -173,7 +173,7 @@ def self_check() -> bool:
 
 def main() -> int:
     for name, fact in environment().items():
-        print(f"{name:<20} {fact}")
+        print(f"{name:<26} {fact}")
     print()
     reasons = answer(why_not)
     if reasons.startswith(FAILED):

@@ -325,7 +325,15 @@ def test_command_checks_the_interpreted_kernels():
             assert [name, layout, *["fused"] * 4] in lines
     for name in (*command.NAMES, "channel_attention"):
         assert [name, "ok,"] in [line[:2] for line in lines]
-    for fact in ("PyTorch", "Triton", "driver", "GPU", "TRITON_INTERPRET", "ATTN_KERNELS_DISABLE"):
+    for fact in (
+        "PyTorch",
+        "Triton",
+        "driver",
+        "GPU",
+        "TRITON_INTERPRET",
+        "ATTN_KERNELS_DISABLE",
+        "ATTN_KERNELS_SINGLE_LAUNCH",
+    ):
         assert fact in done.stdout
 
 
