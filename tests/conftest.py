@@ -34,3 +34,12 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def single_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of single launches themselves: on, also where all others run with ATTN_KERNELS_SINGLE_LAUNCH=0."""
+    from attn_kernels.ops import _launch  # here, for Triton may be missing where it is not asked for
+
+    monkeypatch.delenv("ATTN_KERNELS_SINGLE_LAUNCH", raising=False)
+    monkeypatch.setattr(_launch, "SINGLE_LAUNCH", True)

@@ -20,6 +20,8 @@ from benchmarks.process import DIED, FAILED, HUNG, OK, SKIPPED, STOPPED, UNFINIS
 from benchmarks.rows import Environment, Measurement, Results
 from benchmarks.timing import Quantiles
 
+pytestmark = pytest.mark.usefixtures("single_launch")
+
 ROOT = Path(__file__).parents[1]
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="pretends that there is no GPU, or one")
 

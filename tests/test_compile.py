@@ -61,8 +61,9 @@ ROOT = os.path.dirname(os.path.dirname(__file__))
 
 
 def compiling() -> dict[str, str]:
-    """The environment of a process where Triton compiles, which it does not in this one."""
-    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    """The environment of a process where Triton compiles, which it does not in this one, single launches."""
+    own = "TRITON_INTERPRET", "ATTN_KERNELS_SINGLE_LAUNCH"
+    return {name: value for name, value in os.environ.items() if name not in own}
 
 
 def compile_rows(

@@ -19,7 +19,10 @@ from attn_kernels.ops import _channel, _channel_bwd, _launch, _phases, cbam, cha
 from benchmarks.compile import ChannelAttention
 from benchmarks.shapes import LAYOUTS
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter"),
+    pytest.mark.usefixtures("single_launch"),
+]
 
 
 class Launch:

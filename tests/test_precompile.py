@@ -13,6 +13,8 @@ from benchmarks.plan import Cell
 from benchmarks.precompile import Case
 from benchmarks.shapes import KERNELS
 
+pytestmark = pytest.mark.usefixtures("single_launch")
+
 ROOT = Path(__file__).parents[1]
 COMPILE = """
 from benchmarks.precompile import Case, launches

@@ -11,6 +11,8 @@ import reference
 from benchmarks import fuzz, smoke
 from benchmarks.__main__ import main
 
+pytestmark = pytest.mark.usefixtures("single_launch")
+
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="pretends that there is no GPU")
 
 

@@ -15,6 +15,8 @@ from benchmarks.check import LAYOUTS, forward_backward
 from benchmarks.meter import meter
 from benchmarks.traffic import DIRECTIONS, NOT_MEASURED, OPS, RESULTS, SMALL, Case, Pass, Result, measure
 
+pytestmark = pytest.mark.usefixtures("single_launch")
+
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="counts in Triton's interpreter")
 
 
