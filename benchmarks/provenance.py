@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+import re
 import shlex
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+# The figures do not depend on them, and they name folders of one machine.
+_PLACES = re.compile(r" --(?:out|output|commit)[ =](?:'[^']*'|\S+)")
 
 
 def versions() -> dict[str, str]:
@@ -34,5 +38,5 @@ def commit() -> str:
 
 
 def command() -> str:
-    """What was typed."""
-    return shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
+    """What was typed, without the places that results go to."""
+    return _PLACES.sub("", shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]))

@@ -26,7 +26,6 @@ from benchmarks.timing import Quantiles
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 SOURCES = ("attn_kernels", "reference", "benchmarks")
-_PLACES = re.compile(r" --(?:out|commit)[ =](?:'[^']*'|\S+)")  # what is measured does not depend on where it goes
 FAILED = "failed"  # the metric of a cell that could not be measured; its note says why
 WRONG = "WRONG"  # how the note of a row begins whose result is wrong
 
@@ -98,7 +97,7 @@ class Environment(NamedTuple):
             output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0] or "unknown",
             **provenance.versions(),
             commit=commit or source_commit(),
-            command=_PLACES.sub("", provenance.command()),
+            command=provenance.command(),
         )
 
     def __str__(self) -> str:
