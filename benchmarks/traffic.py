@@ -455,7 +455,8 @@ def draw(results: Sequence[Result], path: Path) -> None:
     figure.suptitle("Memory traffic of a training step (mean over slices of ResNet-50's four stages)", fontsize=13)
     found = ", ".join(f"{package} {version}" for package, version in versions().items())
     figure.supxlabel(
-        f"{case.dtype}, {runs}\neager: timm's SE and CBAM, the published BAM and SimAM; torch.compile: the same, compiled\n"
+        f"{case.dtype}, {runs}\n"
+        "eager: timm's SE and CBAM, the published BAM and SimAM; torch.compile: the same, compiled\n"
         "Counted without a GPU: operand sizes (eager), Inductor's accounting (torch.compile), "
         f"every sector once per launch (fused)\n{found}, timm {version('timm')}, commit {commit()}, {command()}",
         fontsize=8,
