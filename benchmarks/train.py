@@ -26,6 +26,7 @@ from benchmarks.plan import Cell
 from benchmarks.rows import Measurement, Results
 from benchmarks.shapes import KERNELS, LAYOUTS
 from benchmarks.timing import Quantiles
+from benchmarks.users import library as import_library
 
 SUITE = "train"
 DEPTH = 50
@@ -203,11 +204,11 @@ def build(cell: Cell) -> nn.Module:
 
 def _peer(network: str) -> nn.Module:
     """A network of timm or torchvision, or its plain form."""
-    library, name = network.removesuffix(PLAIN).split("/")
-    if library == "timm":
-        found = users.library("timm").create_model(name)
+    package, name = network.removesuffix(PLAIN).split("/")
+    if package == "timm":
+        found = import_library("timm").create_model(name)
     else:
-        found = users.library("torchvision.models").get_model(name, weights=None)
+        found = import_library("torchvision.models").get_model(name, weights=None)
     if network.endswith(PLAIN):
         attention = [path for path, module in found.named_modules() if type(module).__name__ in PEERS_ATTENTION]
         for path in attention:
