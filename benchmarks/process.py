@@ -15,8 +15,8 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -90,7 +90,8 @@ def append(path: Path, text: str) -> bool:
 
 def run_all(steps: Sequence[Step], log: Log, ended: Callable[[Ended], None] = lambda end: None) -> list[Ended]:
     """Run steps side by side until all have ended; ``ended`` hears of each at once."""
-    running = [_Process(step, log) for step in steps]
+    with _heeding_interrupts():
+        running = [_Process(step, log) for step in steps]
     found, heartbeat = [], time.monotonic() + HEARTBEAT
     try:
         while running:
@@ -105,6 +106,19 @@ def run_all(steps: Sequence[Step], log: Log, ended: Callable[[Ended], None] = la
     finally:
         _stop(running)
     return found
+
+
+@contextmanager
+def _heeding_interrupts() -> Iterator[None]:
+    """Processes started here heed SIGINT also where this one ignores it, as a shell's job in the background does."""
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if ignored:
+        signal.signal(signal.SIGINT, lambda *_: None)  # a handler is not inherited, to ignore a signal is
+    try:
+        yield
+    finally:
+        if ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _stop(running: Sequence[_Process]) -> None:

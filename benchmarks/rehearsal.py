@@ -108,9 +108,9 @@ def tiny(cells: Sequence) -> list:
 def hang() -> None:
     """As where a kernel never ends: no signal but SIGKILL helps, and a process of its own stays behind."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    print("launching what never ends", flush=True)
     if os.fork() == 0:
         os.setsid()
-    print("launching what never ends", flush=True)
     while True:
         time.sleep(1)
 

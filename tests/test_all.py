@@ -79,7 +79,8 @@ class TestSteps:
 
     def test_end_with_their_sequence(self, tmp_path):
         code = (
-            "import sys, time; from pathlib import Path; from benchmarks import process as p;"
+            "import signal, sys, time; from pathlib import Path; from benchmarks import process as p;"
+            "signal.signal(signal.SIGINT, signal.default_int_handler);"  # which a job in the background ignores
             f"p.run_all([p.Step('x', (sys.executable, '-m', 'benchmarks.rehearsal', 'hang'), 99)],"
             f"p.Log(Path({str(tmp_path / 'log.txt')!r}), time.monotonic()))"
         )
@@ -107,6 +108,15 @@ class TestSteps:
         with pytest.raises(KeyboardInterrupt):
             run_all([step("a", code)], log)
         assert done.exists()
+
+    def test_heed_an_interrupt_that_their_sequence_ignores(self, log):
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            (end,) = run_all([step("a", "import time; time.sleep(99)", limit=1)], log)
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        finally:
+            signal.signal(signal.SIGINT, before)
+        assert end.status == STOPPED
 
 
 def is_running(pid: int) -> bool:

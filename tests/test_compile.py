@@ -20,6 +20,7 @@ import attn_kernels
 from attn_kernels.functional import is_fused
 from attn_kernels.ops import _launch, batch_norm_relu
 from attn_kernels.ops._device import tile_offsets
+from attn_kernels.ops._phases import PARTS, REST
 from benchmarks.compile import (
     BATCHES,
     DTYPES,
@@ -259,7 +260,7 @@ class TestAddresses:
 
     @pytest.fixture
     def touched(self, monkeypatch) -> list[tuple[str, int, int]]:
-        """Kernels that get a full-size tensor, and the least and the greatest address that they touch."""
+        """Launches on a full-size tensor: the kernel, and the least and the greatest address that it touches."""
         found: list[tuple[str, int, int]] = []
         spans: list[tuple[int, int]] = []
         stamp = [0]
@@ -289,7 +290,10 @@ class TestAddresses:
             # The first and the last program along each axis: a walk may begin at either end.
             programs = [*itertools.product(*({0, n - 1} for n in full_grid))]
             stamp[0] = arguments.get("stamp")
-            if "lead" in arguments and arguments["slots"] is not None:
+            plain = not arguments.get("SINGLE", True)
+            if plain and arguments["phase"] not in (PARTS.value, REST.value):
+                return
+            if "lead" in arguments and arguments["slots"] is not None and not plain:
                 # The last items of the second phase, and of the first; and those of the weights, behind all groups.
                 first = -(-arguments["C"] // arguments["BLOCK_C"]) * -(-arguments["P"] // arguments["CHUNK"])
                 second = grid[0] // arguments["groups"] - first

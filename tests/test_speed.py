@@ -313,6 +313,7 @@ class TestPlan:
 
 
 @without_gpu
+@pytest.mark.usefixtures("single_launch")
 class TestCommands:
     @pytest.mark.parametrize("command", ["speed", "train", "smoke", "once se", "fuzz"])
     def test_say_what_is_missing(self, command, capsys):
