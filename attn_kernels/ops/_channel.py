@@ -127,6 +127,7 @@ def squeeze(
     C,
     P,
     H,
+    S,  # parts of a plane, of CHUNK pixels
     CHUNK,
     AVG: tl.constexpr,
     MAX: tl.constexpr,
@@ -147,7 +148,6 @@ def squeeze(
     TOP: tl.constexpr = MAX or LSE
     Q: tl.constexpr = AVG + TOP + LP + LSE
     J = tl.cdiv(C, BLOCK_C)
-    S = tl.cdiv(P, CHUNK)
     i_j = item // S
     i_s = item % S
     c = i_j * BLOCK_C
@@ -394,7 +394,7 @@ def excite(
     return b_gate
 
 
-@triton.jit(do_not_specialize=["slots", "stamp", "phase", "N"])
+@triton.jit(do_not_specialize=["slots", "stamp", "phase", "N"], do_not_specialize_on_alignment=["S"])
 def squeeze_kernel(
     x_ptr,  # (N, C, P)
     pool_ptr,  # (N, K, C), written
@@ -406,6 +406,7 @@ def squeeze_kernel(
     N,
     C,
     P,
+    S,  # parts of a plane, of CHUNK pixels
     CHUNK,
     AVG: tl.constexpr,
     MAX: tl.constexpr,
@@ -422,7 +423,6 @@ def squeeze_kernel(
     ACC: tl.constexpr = pool_ptr.dtype.element_ty
     DIVIDED: tl.constexpr = scratch_ptr is not None
     J = tl.cdiv(C, BLOCK_C)
-    S = tl.cdiv(P, CHUNK)
     stats_ptr = None
     arg_ptr = None
     given_up_ptr = None
@@ -439,7 +439,7 @@ def squeeze_kernel(
         _, group, item = phase_item(tl.program_id(0), phase, S, J * S, 0, 0, 0)
     squeeze(
         x_ptr, None, stats_ptr, arg_ptr, pool_ptr, argmax_ptr, None, p_slots, given_up_ptr, stamp, phase,
-        group, item, N, C, P, 1, CHUNK,
+        group, item, N, C, P, 1, S, CHUNK,
         AVG, MAX, LP, LSE, True, ACC, DIVIDED, 1, CHANNELS_LAST, BLOCK_C, BLOCK_P, 16,
     )  # fmt: skip
     if SINGLE and DIVIDED:
@@ -493,6 +493,7 @@ def pool(x: Tensor, pools: int) -> tuple[Tensor, Tensor]:
             n,
             c,
             h * w,
+            plan.splits,
             plan.chunk,
             **pool_flags(pools),
             SINGLE=plan.single_launch,

@@ -86,11 +86,10 @@ def scratch_pointers(scratch_ptr, N, C, H, AVG: tl.constexpr, MAX: tl.constexpr,
 @triton.jit
 def _sum_planes(
     dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, argmax_ptr, pool_ptr, stats_ptr, slots_ptr, given_up_ptr,
-    stamp, phase, i_n, i_j, i_s, C, P, CHUNK, AVG: tl.constexpr, MAX: tl.constexpr, ACC: tl.constexpr,
+    stamp, phase, i_n, i_j, i_s, C, P, S, CHUNK, AVG: tl.constexpr, MAX: tl.constexpr, ACC: tl.constexpr,
     DIVIDED: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """sum_p dy * x, and the average and the maximum of x, of a work item's part of a sample; whether they are whole."""
-    S = tl.cdiv(P, CHUNK)
     c = i_j * BLOCK_C
     o_c = c + tl.arange(0, BLOCK_C)
     m_c = o_c < C
@@ -147,15 +146,14 @@ def _sum_planes(
 @triton.jit
 def _dgate(
     dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, w2_ptr, b2_ptr, pre_ptr, argmax_ptr, gate_ptr,
-    dlogit_ptr, pool_ptr, dpart_ptr, stats_ptr, slots_ptr, given_up_ptr, stamp, phase, group, item, N, C, P, H, CHUNK,
-    AVG: tl.constexpr, MAX: tl.constexpr, K: tl.constexpr, ACTIVATION: tl.constexpr, GATE: tl.constexpr,
+    dlogit_ptr, pool_ptr, dpart_ptr, stats_ptr, slots_ptr, given_up_ptr, stamp, phase, group, item, N, C, P, H, S,
+    CHUNK, AVG: tl.constexpr, MAX: tl.constexpr, K: tl.constexpr, ACTIVATION: tl.constexpr, GATE: tl.constexpr,
     DIVIDED: tl.constexpr, SAMPLES: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """dlogit[c] = gate' * sum_p dy * x, fc2[c, :]^T @ dlogit[c] and the pools of a work item. Reads dy and x."""
     ACC: tl.constexpr = gate_ptr.dtype.element_ty
     ROWS: tl.constexpr = 16 if SAMPLES > 1 else 1
-    S = tl.cdiv(P, CHUNK)
     i_j = item // S
     i_s = item % S
     c = i_j * BLOCK_C
@@ -164,7 +162,7 @@ def _dgate(
     if SAMPLES == 1:
         b_dgate, last = _sum_planes(
             dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, argmax_ptr, pool_ptr, stats_ptr, slots_ptr,
-            given_up_ptr, stamp, phase, tl.cast(group, tl.int64), i_j, i_s, C, P, CHUNK, AVG, MAX, ACC, DIVIDED,
+            given_up_ptr, stamp, phase, tl.cast(group, tl.int64), i_j, i_s, C, P, S, CHUNK, AVG, MAX, ACC, DIVIDED,
             CHANNELS_LAST, BLOCK_C, BLOCK_P,
         )  # fmt: skip
         b_dgates = tl.expand_dims(b_dgate, 0)
@@ -174,7 +172,7 @@ def _dgate(
         for row in range(0, tl.minimum(SAMPLES, N - group * SAMPLES)):
             b_dgate, _ = _sum_planes(
                 dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, argmax_ptr, pool_ptr, None, None,
-                None, stamp, phase, tl.cast(group * SAMPLES + row, tl.int64), i_j, i_s, C, P, CHUNK, AVG, MAX, ACC,
+                None, stamp, phase, tl.cast(group * SAMPLES + row, tl.int64), i_j, i_s, C, P, S, CHUNK, AVG, MAX, ACC,
                 False, CHANNELS_LAST, BLOCK_C, BLOCK_P,
             )  # fmt: skip
             b_dgates = put_row(b_dgates, row, b_dgate)
@@ -327,7 +325,7 @@ def gates_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["slots", "stamp", "phase", "N", "groups", "lead"])
+@triton.jit(do_not_specialize=["slots", "stamp", "phase", "N", "groups", "lead"], do_not_specialize_on_alignment=["S"])
 def gate_bwd_kernel(
     dy_ptr,  # (N, C, P)
     mask_ptr,  # bits of the ReLU, or None
@@ -355,6 +353,7 @@ def gate_bwd_kernel(
     C,
     P,
     H,
+    S,  # parts of a plane, of CHUNK pixels
     CHUNK,
     AVG: tl.constexpr,
     MAX: tl.constexpr,
@@ -378,7 +377,6 @@ def gate_bwd_kernel(
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     K: tl.constexpr = AVG + MAX + LP + LSE
     J = tl.cdiv(C, BLOCK_C)
-    S = tl.cdiv(P, CHUNK)
     pid = tl.program_id(0)
     first_items = J * S
     given_up = phase < 0  # no
@@ -415,7 +413,7 @@ def gate_bwd_kernel(
             _dgate(
                 dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, w2_ptr, b2_ptr, saved_ptr, argmax_ptr,
                 scratch_ptr, dlogit_ptr, pool_ptr, dpart_ptr, stats_ptr, p_first, given_up_ptr, stamp, phase,
-                group, item, N, C, P, H, CHUNK,
+                group, item, N, C, P, H, S, CHUNK,
                 AVG, MAX, K, ACTIVATION, GATE, DIVIDED, SAMPLES, CHANNELS_LAST, BLOCK_C, BLOCK_P, BLOCK_H,
             )  # fmt: skip
             if SINGLE:
@@ -606,6 +604,7 @@ def launch_dx(
             c,
             h * w,
             hidden,
+            plan.splits,
             plan.chunk,
             **pool_flags(pools),
             ACTIVATION=activation,

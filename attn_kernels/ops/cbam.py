@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from attn_kernels.ops import _channel, _channel_bwd, _conv, _norm
 from attn_kernels.ops import _config as config
 from attn_kernels.ops._device import aligned, load_elements, load_tail_grad, load_tile, store_tail, update_running
-from attn_kernels.ops._launch import channel_plan, gate_options, pixel_tile, tile_options
+from attn_kernels.ops._launch import channel_plan, gate_options, pixel_tile, scale_options, tile_options
 from attn_kernels.ops._library import (
     contiguous,
     dense,
@@ -94,7 +94,7 @@ def _channel_pool(
         tl.store(argmax_ptr + i_n * P + o_p, b_first, mask=m_p)
 
 
-@triton.jit(do_not_specialize=["slots", "stamp", "phase", "N", "groups", "lead"])
+@triton.jit(do_not_specialize=["slots", "stamp", "phase", "N", "groups", "lead"], do_not_specialize_on_alignment=["S"])
 def pools_kernel(
     x_ptr,  # (N, C, P)
     w1_ptr,  # (H, C), or None where there is no channel gate
@@ -115,6 +115,7 @@ def pools_kernel(
     C,
     P,
     H,
+    S,  # parts of a plane, of CHUNK pixels
     CHUNK,
     AVG: tl.constexpr,
     MAX: tl.constexpr,
@@ -145,7 +146,6 @@ def pools_kernel(
         )  # fmt: skip
     else:
         J = tl.cdiv(C, BLOCK_C)
-        S = tl.cdiv(P, CHUNK)
         pool_ptr = _channel.pool_pointer(saved_ptr, N, H, K)
         part_ptr, stats_ptr, arg_ptr = _channel.forward_pointers(
             scratch_ptr + tl.cast(N, tl.int64) * C, N, C, H, J, S, K, MAX
@@ -168,8 +168,8 @@ def pools_kernel(
         if not second:
             _channel.squeeze(
                 x_ptr, w1_ptr, stats_ptr, arg_ptr, pool_ptr, argmax_ptr, part_ptr, p_first, given_up_ptr, stamp, phase,
-                group, item, N, C, P, H, CHUNK, AVG, MAX, LP, LSE, False, part_ptr.dtype.element_ty, DIVIDED, SAMPLES,
-                CHANNELS_LAST, BLOCK_C, BLOCK_P, BLOCK_H,
+                group, item, N, C, P, H, S, CHUNK, AVG, MAX, LP, LSE, False, part_ptr.dtype.element_ty, DIVIDED,
+                SAMPLES, CHANNELS_LAST, BLOCK_C, BLOCK_P, BLOCK_H,
             )  # fmt: skip
             if SINGLE:
                 mark(p_first + item, stamp)
@@ -413,6 +413,7 @@ def _forward(
             c,
             h * w,
             hidden,
+            plan.splits,
             plan.chunk,
             **_channel.pool_flags(pools),
             SINGLE=plan.single_launch,
@@ -455,8 +456,7 @@ def _forward(
         PARTS=config.next_power_of_2(parts.shape[1]),
         RELU=relu,
         **tile_options(x, tile),
-        # ptxas takes 64 of its own accord and spills 8 bytes (Triton 3.6, sm_90).
-        maxnreg=80 if relu and x.element_size() == 4 else None,
+        **scale_options(x, relu),
     )
     if update:
         _norm.mark_updated(running_mean, running_var, batches)

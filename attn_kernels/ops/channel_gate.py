@@ -60,7 +60,7 @@ from reference.cbam import POOLS
 from reference.se import GATES, mlp
 
 
-@triton.jit(do_not_specialize=["slots", "stamp", "phase", "N", "groups", "lead"])
+@triton.jit(do_not_specialize=["slots", "stamp", "phase", "N", "groups", "lead"], do_not_specialize_on_alignment=["S"])
 def channel_gate_kernel(
     x_ptr,  # (N, C, P)
     residual_ptr,  # (N, C, P) or None
@@ -82,6 +82,7 @@ def channel_gate_kernel(
     C,
     P,
     H,
+    S,  # parts of a plane, of CHUNK pixels
     CHUNK,
     AVG: tl.constexpr,
     MAX: tl.constexpr,
@@ -104,7 +105,6 @@ def channel_gate_kernel(
     C, P = aligned(C, P, UNIT, CHANNELS_LAST)
     K: tl.constexpr = AVG + MAX + LP + LSE
     J = tl.cdiv(C, BLOCK_C)
-    S = tl.cdiv(P, CHUNK)
     hidden_items = tl.cdiv(SAMPLES * K * H, BLOCK_E)
     first_items = J * S
     second_items = hidden_items + first_items
@@ -132,7 +132,7 @@ def channel_gate_kernel(
     if not second:
         squeeze(
             x_ptr, w1_ptr, stats_ptr, arg_ptr, pool_ptr, argmax_ptr, part_ptr, p_first, given_up_ptr, stamp, phase,
-            group, item, N, C, P, H, CHUNK, AVG, MAX, LP, LSE, False, part_ptr.dtype.element_ty, DIVIDED, SAMPLES,
+            group, item, N, C, P, H, S, CHUNK, AVG, MAX, LP, LSE, False, part_ptr.dtype.element_ty, DIVIDED, SAMPLES,
             CHANNELS_LAST, BLOCK_C, BLOCK_P, BLOCK_H,
         )  # fmt: skip
         if SINGLE:
@@ -209,6 +209,7 @@ def _launch_forward(
             c,
             h * w,
             hidden,
+            plan.splits,
             plan.chunk,
             **pool_flags(pools),
             ACTIVATION=activation,
