@@ -294,12 +294,12 @@ class TestAddresses:
             if plain and arguments["phase"] not in (PARTS.value, REST.value):
                 return
             if "lead" in arguments and arguments["slots"] is not None and not plain:
-                # The last items of the second phase, and of the first; and those of the weights, behind all groups.
-                first = -(-arguments["C"] // arguments["BLOCK_C"]) * -(-arguments["P"] // arguments["CHUNK"])
+                # The last items of the second phase, and of the first; the weights behind all groups touch none of x.
+                first = -(-arguments["C"] // arguments["BLOCK_C"]) * arguments["S"]
                 second = grid[0] // arguments["groups"] - first
                 items = arguments["groups"] * (first + second)
                 end = items - arguments["lead"] * second
-                programs = [(i, 0, 0) for i in (*range(end - second, end), *range(items - second, grid[0]))]
+                programs = [(i, 0, 0) for i in (*range(end - second, end), *range(items - second, items))]
             monkeypatch.setattr(builder, "set_grid_dim", lambda b, *_: set_grid_dim(b, *full_grid))
             spans.clear()
             for program in programs:
