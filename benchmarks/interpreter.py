@@ -111,13 +111,13 @@ def _build_types_once(interpreter: ModuleType) -> None:
             block_types[key] = built
         return block_types[key]
 
-    def copy(self, element: tl.dtype, shape: tuple[int, ...]) -> None:
+    def initialize_from_known(self, element: tl.dtype, shape: tuple[int, ...]) -> None:
         vars(self).update(vars(block_type_by_name(element, shape)))
 
     interpreter._get_np_dtype = numpy_type_by_name
     builder.get_block_ty = lambda _, element, shape: block_type_by_name(element, shape)
     block_type.with_element_ty = lambda self, element: block_type_by_name(element, self.shape)
-    block_type.__init__ = copy
+    block_type.__init__ = initialize_from_known
 
 
 def _leave_tensors_as_they_are(interpreter: ModuleType) -> None:
@@ -127,7 +127,8 @@ def _leave_tensors_as_they_are(interpreter: ModuleType) -> None:
     semantic, tensor = interpreter.interpreter_semantic, tl.tensor
     initialize, cast, broadcast = tensor.__init__, semantic.cast, semantic.broadcast_impl_value
     shapes: dict[tuple[int, ...], tuple[object, object]] = {}
-    common: dict[tuple, tuple[bool, bool, tuple[int, ...]]] = {}  # whether either of two shapes changes, and to what
+    # Of two shapes: whether the first changes, whether the second does, and the shape of the result.
+    common: dict[tuple, tuple[bool, bool, tuple[int, ...]]] = {}
 
     def initialize_with_known_shape(self, handle, kind: tl.dtype) -> None:
         self.handle, self.type, self.dtype = handle, kind, kind.scalar
@@ -159,3 +160,4 @@ def _leave_tensors_as_they_are(interpreter: ModuleType) -> None:
 
     tensor.__init__ = initialize_with_known_shape
     semantic.cast, semantic.broadcast_impl_value = cast_to_another_type, broadcast_to_another_shape
+    interpreter.TritonSemantic = lambda builder: semantic  # Triton 3.6 makes another for every function

@@ -110,10 +110,10 @@ def run_all(steps: Sequence[Step], log: Log, ended: Callable[[Ended], None] = la
 
 @contextmanager
 def _heeding_interrupts() -> Iterator[None]:
-    """Processes started here heed SIGINT also where this one ignores it, as a shell's job in the background does."""
+    """Processes started here heed SIGINT even if this one ignores it, as a shell's jobs in the background do."""
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     if ignored:
-        signal.signal(signal.SIGINT, lambda *_: None)  # a handler is not inherited, to ignore a signal is
+        signal.signal(signal.SIGINT, lambda *_: None)  # a new program inherits an ignored signal, but no handler
     try:
         yield
     finally:

@@ -112,7 +112,7 @@ class TestSteps:
     def test_heed_an_interrupt_that_their_sequence_ignores(self, log):
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            (end,) = run_all([step("a", "import time; time.sleep(99)", limit=1)], log)
+            (end,) = run_all([Step("a", ("sleep", "99"), 1)], log)
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         finally:
             signal.signal(signal.SIGINT, before)

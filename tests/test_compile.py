@@ -292,7 +292,7 @@ class TestAddresses:
             stamp[0] = arguments.get("stamp")
             plain = not arguments.get("SINGLE", True)
             if plain and arguments["phase"] not in (PARTS.value, REST.value):
-                return
+                return  # the others do not walk along x
             if "lead" in arguments and arguments["slots"] is not None and not plain:
                 # The last items of the second phase, and of the first; the weights behind all groups touch none of x.
                 first = -(-arguments["C"] // arguments["BLOCK_C"]) * arguments["S"]

@@ -1,6 +1,8 @@
 """What the interpreter leaves out for speed changes no result and no error."""
 
+import cProfile
 import os
+import pstats
 import subprocess
 import sys
 import warnings
@@ -13,6 +15,7 @@ from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
 import attn_kernels
+import benchmarks.interpreter
 from tests.harness import DTYPES, MODULES, real_input
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")
@@ -110,5 +113,9 @@ def test_the_language_is_as_it_was_after_a_launch():
 def test_repeated_work_is_skipped():
     """So that a version of Triton with other internals, where nothing is left out, is noticed."""
     assert not interpreter.interpreter_builder.options.sanitize_overflow
-    skipping = interpreter._patch_lang, interpreter._get_np_dtype, interpreter.interpreter_semantic.cast
-    assert {function.__module__ for function in skipping} == {"benchmarks.interpreter"}
+    x = torch.arange(4)
+    with cProfile.Profile() as profile:
+        _integers_kernel[(1,)](x, torch.empty_like(x), BLOCK=4)
+    called = {name for file, _, name in pstats.Stats(profile).stats if file == benchmarks.interpreter.__file__}
+    assert {"patch_once", "numpy_type_by_name", "initialize_from_known"} < called
+    assert {"initialize_with_known_shape", "cast_to_another_type", "broadcast_to_another_shape"} < called

@@ -127,7 +127,7 @@ def squeeze(
     C,
     P,
     H,
-    S,  # parts of a plane, of CHUNK pixels
+    S,  # parts of a plane, of CHUNK pixels; computed in the kernel it takes a register throughout, which may spill
     CHUNK,
     AVG: tl.constexpr,
     MAX: tl.constexpr,
