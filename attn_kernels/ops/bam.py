@@ -109,9 +109,9 @@ def dlogits_kernel(
     b_dspatial = tl.zeros([BLOCK_C, BLOCK_P], ACC)
     for c in range(0, C, BLOCK_C):
         o_c = c + tl.arange(0, BLOCK_C)
-        b_channel, b_gate = _attention(channel_ptr, b_spatial, i_n, o_c, C)
         b_dy = load_tail_grad(dy_ptr, mask_ptr, dresidual_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
         b_x = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+        b_channel, b_gate = _attention(channel_ptr, b_spatial, i_n, o_c, C)
         b_dlogit = b_dy * b_x * b_gate * (1 - b_gate)
         b_dspatial += b_dlogit * b_channel[:, None]
         b_dchannel = tl.sum(b_dlogit * b_spatial[None, :], axis=1)
