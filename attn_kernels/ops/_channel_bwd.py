@@ -381,9 +381,7 @@ def gate_bwd_kernel(
     first_items = J * S
     given_up = phase < 0  # no
     if saved_ptr is None:
-        hidden_items = 0
-        weight_item = -1
-        second, group, item = work_item(pid, groups, 0, 0, first_items, 0)
+        _, group, rest = work_item(pid, groups, 0, 0, first_items, 0)
     else:
         hidden_items = tl.cdiv(SAMPLES * H, BLOCK_E)
         second_items = hidden_items + first_items
@@ -402,6 +400,7 @@ def gate_bwd_kernel(
         else:
             weight_item = tl.where(phase == WEIGHTS, pid, -1)
             second, group, item = phase_item(pid, phase, S, first_items, hidden_items, hidden_items, second_items)
+        rest = tl.where((weight_item < 0) & second, item - hidden_items, -1)  # item of REST, or negative
         if weight_item >= 0:
             if SINGLE:
                 given_up = wait(p_all, 1, given_up_ptr, stamp)
@@ -433,9 +432,9 @@ def gate_bwd_kernel(
                         mark(p_all, stamp)
         elif SINGLE:
             given_up = wait(p_hidden + group * hidden_items, hidden_items, given_up_ptr, stamp)
-    if (weight_item < 0) & second & (item >= hidden_items):
-        i_s = (item - hidden_items) % S
-        c = (item - hidden_items) // S * BLOCK_C
+    if rest >= 0:
+        i_s = rest % S
+        c = rest // S * BLOCK_C
         o_c = c + tl.arange(0, BLOCK_C)
         m_c = o_c < C
         if saved_ptr is not None:
