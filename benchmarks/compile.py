@@ -145,6 +145,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "example: python -m benchmarks compile --architectures sm_90 --modules SE CBAM --dtypes bf16"
     parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--modules", nargs="+", choices=MODULES, default=MODULES)
+    parser.add_argument("--kernels", nargs="+", metavar="NAME", help="only these, as in channel_bwd.gate_bwd")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="fp64: one shape a module")
     parser.add_argument("--maps", nargs="+", metavar="CxHxW", help="only these feature maps, as in 512x28x28")
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, metavar="N", help="default: 1 32")
@@ -159,6 +160,11 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     selected = list(cases(arguments.modules, arguments.dtypes, arguments.batches, arguments.maps))
     found = [v for name in arguments.architectures for v in variants(ARCHITECTURES[name], selected)]
+    try:
+        found = named(found, arguments.kernels)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     rows, wrong = [], []
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -210,6 +216,14 @@ def variants(architecture: Architecture, cases: Iterable[Case]) -> list[Variant]
             if case not in variant.cases:
                 variant.cases.append(case)
     return list(found.values())
+
+
+def named(variants: list[Variant], names: Sequence[str] | None) -> list[Variant]:
+    """The variants of kernels with these names, of all by default; ValueError where there is none of a name."""
+    known = {variant.name for variant in variants}
+    if unknown := {*(names or ())} - known:
+        raise ValueError(f"--kernels: expected some of {', '.join(sorted(known))}, got {', '.join(sorted(unknown))}")
+    return [variant for variant in variants if names is None or variant.name in names]
 
 
 def launches(case: Case, multiprocessors: int) -> list[Launch]:

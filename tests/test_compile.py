@@ -32,6 +32,7 @@ from benchmarks.compile import (
     Variant,
     cases,
     describe,
+    named,
 )
 from benchmarks.machine_code import (
     ARCHITECTURES,
@@ -102,9 +103,10 @@ def test_machine_code(architecture, tmp_path):
 
 
 def test_plain_launches_compile(tmp_path):
-    options = ["--maps", "256x56x56", "--dtypes", "bf16", "--modules", "SE", "CBAM"]
+    kernels = "channel_gate.channel_gate", "channel_bwd.gate_bwd", "cbam.pools"
+    options = ["--maps", "256x56x56", "--dtypes", "bf16", "--modules", "SE", "CBAM", "--kernels", *kernels]
     process, rows = compile_rows(tmp_path, "sm_90", options, ATTN_KERNELS_SINGLE_LAUNCH="0")
-    assert {"channel_gate.channel_gate", "channel_bwd.gate_bwd", "cbam.pools"} < {row["kernel"] for row in rows}
+    assert {row["kernel"] for row in rows} == {*kernels}
     assert process.returncode == 0, process.stdout
 
 
@@ -250,6 +252,13 @@ def test_cases_are_those_that_were_asked_for():
     assert {case.site.module for case in everything if case.dtype == "fp64"} == {*MODULES}
     few = list(cases(["SE"], ["bf16"], [32], ["72x28x28"]))
     assert [(case.site.map, case.layout) for case in few] == [((72, 28, 28), layout) for layout in LAYOUTS]
+
+
+def test_kernels_are_selected_by_name():
+    variant, _ = launch()
+    assert named([variant], None) == named([variant], ["simam.simam_fwd"]) == [variant]
+    with pytest.raises(ValueError, match=r"--kernels: expected some of simam.simam_fwd, got simam.fwd"):
+        named([variant], ["simam.fwd", "simam.simam_fwd"])
 
 
 @interpreted
