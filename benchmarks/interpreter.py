@@ -30,7 +30,7 @@ def round_to_nearest() -> None:
 
 @functools.cache
 def skip_repeated_work() -> None:
-    """Leave out what the interpreter does over and over for the same result: about three quarters of its time.
+    """Leave out what the interpreter does over and over for the same result: most of its time.
 
     Results and errors stay as they are. A version of Triton without the internals in question keeps its own ways.
     """
