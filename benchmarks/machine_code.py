@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.meter import CPU_KERNEL
+from benchmarks.sass import Sass, Stretch, parse_sass, stretches
 
 # Triton and attn_kernels are imported inside functions: kernels choose between interpreter and compiler at import.
 
@@ -268,6 +268,7 @@ class MachineCode:
     fp64: int  # instructions of PTX
     accesses: tuple[Access, ...]  # to global memory, by PTX
     sass: Sass | None
+    stretches: tuple[Stretch, ...] = ()
 
 
 class Access(NamedTuple):
@@ -276,14 +277,6 @@ class Access(NamedTuple):
     kind: str
     argument: int
     bits: int
-
-
-class Sass(NamedTuple):
-    """What the instructions that run confirm."""
-
-    bits: Counter[tuple[str, int]]  # accesses to global memory by kind and width
-    local: int  # accesses to local memory
-    fp64: int
 
 
 def machine_code(kernel: Kernel, capability: int, disassemble: bool) -> MachineCode:
@@ -303,7 +296,7 @@ def machine_code(kernel: Kernel, capability: int, disassemble: bool) -> MachineC
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
         usage = dict(re.findall(r"(\w+):(\d+)", _tool("cuobjdump", "-res-usage", cubin)))
-        sass = parse_sass(_tool("nvdisasm", "-c", cubin)) if disassemble else None
+        text = _tool("nvdisasm", "-c", "-g", cubin) if disassemble else None
     ptx = compiled.asm["ptx"]
     arguments = [i for i, (_, kind) in enumerate(kernel.signature) if kind != "constexpr"]
     return MachineCode(
@@ -314,7 +307,8 @@ def machine_code(kernel: Kernel, capability: int, disassemble: bool) -> MachineC
         warps=compiled.metadata.num_warps,
         fp64=len(re.findall(r"^\s*(?:@!?%p\d+ )?(?!mov|ld|st)\S*\.f64", ptx, re.MULTILINE)),
         accesses=tuple(access._replace(argument=arguments[access.argument]) for access in parse_ptx(ptx)),
-        sass=sass,
+        sass=parse_sass(text) if text else None,
+        stretches=tuple(stretches(text)) if text else (),
     )
 
 
@@ -369,19 +363,3 @@ def _bits(line: str) -> int:
         return 8 * int(re.search(r"\], (\w+)", line)[1], 0)
     vector, scalar = re.match(r"[\w.:]*?(?:\.v(\d))?\.[busf](\d+)\s", line).groups()
     return int(vector or 1) * int(scalar)
-
-
-def parse_sass(sass: str) -> Sass:
-    opcodes = re.findall(r"^\s*/\*\w+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", sass, re.MULTILINE)
-    bits: Counter[tuple[str, int]] = Counter()
-    for opcode in opcodes:
-        name, *modifiers = opcode.split(".")
-        if name in ("LDG", "LDGSTS", "STG"):
-            widths = [int(m) for m in modifiers if m in ("64", "128", "256")]
-            narrow = 8 if {"U8", "S8"} & {*modifiers} else 16 if {"U16", "S16"} & {*modifiers} else 32
-            bits["store" if name == "STG" else "load", widths[0] if widths else narrow] += 1
-    return Sass(
-        bits,
-        local=sum(opcode.startswith(("LDL", "STL")) for opcode in opcodes),
-        fp64=sum(bool(re.match(r"D(ADD|MUL|FMA|SETP|MNMX|MMA)\b|.*\.F64|MUFU.*64", opcode)) for opcode in opcodes),
-    )

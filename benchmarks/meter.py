@@ -1,16 +1,17 @@
 """Bytes touched and kernels launched, counted without a GPU; and bytes of DRAM behind a model of L2.
 
 Triton kernels are counted exactly: every lane of a load, a store or an atomic that its mask lets through, as the
-interpreter runs them. An aten operator counts as one launch that reads each operand and writes each result once, which
-is what eager PyTorch does at least.
+interpreter runs them; L2 sees them side by side, as many as a GPU has room for. An aten operator counts as one launch
+that reads each operand and writes each result once, which is what eager PyTorch does at least.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.cache import SECTOR_BITS, Cache
 from benchmarks.interpreter import skip_repeated_work
+from benchmarks.programs import RESIDENT_WARPS, Access, Event, following, in_turns
 
 ALLOCATIONS = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"}
 OVERWRITES = {"copy_", "fill_", "zero_"}  # other operators in place read what they change
@@ -84,78 +86,62 @@ class Traffic:
 
 
 @contextmanager
-def meter(cache: Cache | None = None) -> Iterator[Traffic]:
+def meter(cache: Cache | None = None, multiprocessors: int = 1) -> Iterator[Traffic]:
     """Count what is launched inside the block, in this thread (on the CPU backward runs in it too).
 
     Args:
         cache: the L2 that everything passes through, written back at the end of the block. Every tensor made inside
             the block then lives until its end, for memory that is used again would depend on the allocator.
+        multiprocessors: those of the GPU, which run the programs of a launch side by side.
 
     Raises:
         RuntimeError: Triton does not interpret its kernels, whose launches would go uncounted.
     """
     import triton  # here, for Triton itself has to be imported after TRITON_INTERPRET is set
-    from triton.runtime import interpreter
+    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
     if not triton.knobs.runtime.interpret:
         raise RuntimeError("meter() counts in Triton's interpreter: set TRITON_INTERPRET=1 before Triton is imported")
     skip_repeated_work()
     traffic = Traffic(cache)
-    aten = _AtenMeter(traffic)
-    builder = interpreter.InterpreterBuilder
-    with ExitStack() as stack:
-        for owner, name, wrap in (
-            (interpreter.GridExecutor, "__call__", _count_launches(traffic, aten)),
-            (builder, "create_masked_load", _count_lanes(traffic, pointers=0, mask=1, loads=True)),
-            (builder, "create_masked_store", _count_lanes(traffic, pointers=0, mask=2, stores=True)),
-            (builder, "create_atomic_rmw", _count_lanes(traffic, pointers=1, mask=3, loads=True, stores=True)),
-            (builder, "create_atomic_cas", _count_lanes(traffic, pointers=0, mask=None, loads=True, stores=True)),
-        ):
-            original = getattr(owner, name)
-            stack.callback(setattr, owner, name, original)
-            setattr(owner, name, wrap(original))
-        stack.enter_context(aten)
+    aten = AtenMeter(traffic)
+    programs: list[list[Event]] = []
+
+    def heard(event: Event) -> None:
+        if isinstance(event, Access):
+            launch, size = traffic.per_launch[-1], event.addresses.size * event.size
+            launch.loaded += size if event.loads else 0
+            launch.stored += size if event.stores else 0
+        if cache is not None:
+            programs[-1].append(event)
+
+    call, begin_program = GridExecutor.__call__, InterpreterBuilder.set_grid_idx
+
+    def count_launch(executor, *args, num_warps=4, **kwargs):
+        launch = Launch(executor.fn.__name__, triton=True)
+        traffic.begin(launch)
+        programs.clear()
+        # The interpreter copies arguments by aten operators that no GPU would run.
+        with aten.paused():
+            call(executor, *args, num_warps=num_warps, **kwargs)
+        if cache is not None:
+            with _fetched(launch, cache):
+                for access in in_turns(programs, max(multiprocessors * RESIDENT_WARPS // num_warps, 1)):
+                    cache.touch_addresses(access.addresses, loads=access.loads, stores=access.stores)
+
+    def count_program(builder, *index):
+        programs.append([])
+        begin_program(builder, *index)
+
+    with (
+        patch.object(GridExecutor, "__call__", count_launch),
+        patch.object(InterpreterBuilder, "set_grid_idx", count_program),
+        following(heard),
+        aten,
+    ):
         yield traffic
     if cache is not None:
         cache.flush()
-
-
-def _count_launches(traffic: Traffic, aten: _AtenMeter) -> Callable[[Callable], Callable]:
-    def wrap(call):
-        def counted(executor, *args, **kwargs):
-            traffic.begin(Launch(executor.fn.__name__, triton=True))
-            # The interpreter copies arguments by aten operators that no GPU would run.
-            with aten.paused():
-                return call(executor, *args, **kwargs)
-
-        return counted
-
-    return wrap
-
-
-def _count_lanes(
-    traffic: Traffic, *, pointers: int, mask: int | None, loads: bool = False, stores: bool = False
-) -> Callable[[Callable], Callable]:
-    """Wrap a method of the interpreter's builder, given the positions of its pointers and mask."""
-
-    def wrap(access):
-        def counted(builder, *args, **kwargs):
-            handle = args[pointers]
-            # The mask of a block pointer is a bare array, whose ``data`` is its buffer.
-            active = True if mask is None else np.asarray(args[mask].data, bool)
-            addresses = handle.data[np.broadcast_to(active, handle.data.shape)]
-            size = addresses.size * max(1, handle.get_element_ty().primitive_bitwidth // 8)
-            launch = traffic.per_launch[-1]
-            launch.loaded += size if loads else 0
-            launch.stored += size if stores else 0
-            if traffic.cache is not None:
-                with _fetched(launch, traffic.cache):
-                    traffic.cache.touch_addresses(addresses, loads=loads, stores=stores)
-            return access(builder, *args, **kwargs)
-
-        return counted
-
-    return wrap
 
 
 @contextmanager
@@ -165,7 +151,7 @@ def _fetched(launch: Launch, cache: Cache) -> Iterator[None]:
     launch.fetched += cache.fetched - before
 
 
-class _AtenMeter(TorchDispatchMode):
+class AtenMeter(TorchDispatchMode):
     """Counts the aten operators that launch a kernel on a GPU, those inside other libraries' operators too."""
 
     def __init__(self, traffic: Traffic):

@@ -4,7 +4,8 @@ eager is the code that people run (``benchmarks.users``) with its parameters in 
 Touched bytes are those of all loads and stores, in units of N, the bytes of x; distinct ones count once a launch, as
 in Inductor's accounting and in eager's. DRAM bytes are what is left of the touched behind a model of the device's L2:
 an LRU over 32-byte sectors, empty before and written back after forward and backward each, at half the nominal
-capacity, for programs in flight share it. What runs is a slice of the device and of a batch of 32: as small a part of
+capacity, for programs in flight share it. Programs run side by side, of 128 registers a thread, each doing one access
+in its turn. What runs is a slice of the device and of a batch of 32: as small a part of
 the multiprocessors and of L2 as of the elements, so that N / L2 is that of the whole, of enough samples that one fits
 L2 several times, as on the whole. A slice has fewer channels or pixels, so that its parameters weigh little: what
 programs read of them again and again weighs more on a whole one (--shape).
@@ -75,9 +76,8 @@ class Op(NamedTuple):
     backward: float
     dram: float  # of a training step, behind L2
     tail: bool = False
-    # Where it differs in channels_last with planes that no program holds.
-    forward_channels_last: float | None = None
-    backward_channels_last: float | None = None
+    # Where they differ in channels_last with planes that no program holds.
+    walks_channels_last: tuple[float, float, float] | None = None  # forward, backward, DRAM
 
 
 OPS = {
@@ -86,7 +86,9 @@ OPS = {
     "CBAM": Op("CBAM", 4, 6, dram=8.3),
     # 0.8 and 1.25 of it are the branches' maps of C/16 channels; 0.3, at 7x7, parts of the reducing weight's gradient.
     "BAM": Op("BAM", 3.8, 6.6, dram=8.5),
-    "SimAM": Op("SimAM", 2, 3, dram=5.2, forward_channels_last=3, backward_channels_last=5),
+    # Planes that no program holds are read twice; of the second reading an L2 that all programs share which run side by
+    # side holds half in the forward and a third in the backward.
+    "SimAM": Op("SimAM", 2, 3, dram=5.2, walks_channels_last=(3, 5, 6.9)),
 }
 # Of the budget: parameters, gates and maps, which are not full-size. A slice has half of the channels and fewer, so
 # that its maps, of one value a pixel, weigh twice and more what they do on the whole.
@@ -123,13 +125,21 @@ class Case(NamedTuple):
     device: str
 
     @property
+    def _budgets(self) -> tuple[float, float, float]:
+        op = OPS[self.op]
+        if op.walks_channels_last and self.layout == "channels_last" and self.shape[2] * self.shape[3] > 512:
+            return op.walks_channels_last
+        return op.forward, op.backward, op.dram
+
+    @property
     def budget(self) -> tuple[float, ...]:
         """In units of N, forward (and backward)."""
-        op = OPS[self.op]
-        passes = op.forward, op.backward
-        if op.forward_channels_last and self.layout == "channels_last" and self.shape[2] * self.shape[3] > 512:
-            passes = op.forward_channels_last, op.backward_channels_last
-        return passes if self.mode == "train" else passes[:1]
+        return self._budgets[: 2 if self.mode == "train" else 1]
+
+    @property
+    def dram_budget(self) -> float:
+        """Of a training step, in units of N."""
+        return self._budgets[2]
 
 
 class Pass(NamedTuple):
@@ -172,7 +182,7 @@ class Result(NamedTuple):
             if moved > budget * (1 + SMALL)
         ]
         if self.case.mode == "train" and self.case.stage:
-            dram, budget = sum(p.dram for p in self.passes["fused"]), OPS[self.case.op].dram
+            dram, budget = sum(p.dram for p in self.passes["fused"]), self.case.dram_budget
             if dram > budget * (1 + SMALL):
                 found.append(f"{dram:.2f}N of DRAM, the budget is {budget:g}N + {SMALL:.0%}")
         if "compile" in self.passes and sum(fused) > (allowed := sum(p.moved for p in self.passes["compile"])) + 1e-6:
@@ -268,12 +278,12 @@ def measure(case: Case, compiled: bool = True) -> Result:
         module.train(case.mode == "train")
     x, residual, dy = (torch.randn(case.shape).to(dtype).contiguous(memory_format=layout) for _ in range(3))
     passes_of = partial(_passes, x=x, residual=residual if op.tail else None, dy=dy, mode=case.mode)
-    capacity = int(device.l2 * MB / 2 * case.slice)
+    capacity, multiprocessors = int(device.l2 * MB / 2 * case.slice), max(round(device.multiprocessors * case.slice), 1)
 
     passes, kernels = {}, []
     for provider, module in (("eager", eager), ("fused", fused)):
-        with _multiprocessors(max(round(device.multiprocessors * case.slice), 1)):
-            seen = passes_of(module, count=lambda: meter(Cache(capacity)))
+        with _multiprocessors(multiprocessors):
+            seen = passes_of(module, count=lambda: meter(Cache(capacity), multiprocessors))
         passes[provider] = [
             Pass(t.launches, *(size / x.nbytes for size in (t.touched, t.cache.distinct, t.dram))) for t in seen
         ]

@@ -1,0 +1,270 @@
+"""What each program of a launch does, at full size, from a few programs run in Triton's interpreter and no data at all.
+
+Modules run on meta tensors. The interpreter runs programs on addresses alone: loads give zeros, stores do nothing,
+whoever waits finds what it waits for. A program is of a group of samples, a block of channels and a part of a plane;
+the programs of others do the same further on in memory, by the distance between neighbours. The last block and the last
+part, which may be cut short, are run as well.
+"""
+
+from __future__ import annotations
+
+import sys
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from benchmarks.cache import SECTOR_BITS
+from benchmarks.machine_code import launching_on_meta, ops
+from benchmarks.meter import AtenMeter, Launch, Traffic
+from benchmarks.programs import Access, Event, Signal, following, without_data
+from benchmarks.sass import Line
+
+# The interpreter is imported inside functions: Triton has to be imported after TRITON_INTERPRET is set.
+
+
+# Phases of a launch of work items: the two of the groups of samples, their hidden layers between; that of the last group,
+# which may do more; and the weights' gradients.
+FIRST, SECOND, HIDDEN, LAST_HIDDEN, WEIGHTS = range(5)
+
+
+class Step(NamedTuple):
+    """An event of a program."""
+
+    kind: str  # load, store, signal, wait
+    source: tuple[Line, ...]  # where in the kernel, the innermost function first
+    bytes: int = 0  # of the lanes that the mask lets through
+    tile_bytes: int = 0  # of all lanes
+    shifts: tuple[int, int, int] = (0, 0, 0)  # bytes further on, for each group, block and part
+    sectors: NDArray[np.int64] | None = None  # of a tensor that has pixels; others are taken to be in L2
+    slots: tuple[int, ...] = ()
+
+
+class Place(NamedTuple):
+    """Of a program in a launch: its phase, and by how many groups, blocks and parts it is further on than the first."""
+
+    phase: int
+    group: int
+    block: int = 0
+    part: int = 0
+
+
+Program = tuple[Step, ...]
+
+
+@dataclass
+class Recorded:
+    """A launch of a Triton kernel: what some programs do, and of all in order which of these each is like."""
+
+    name: str
+    groups: int  # 0 where every program goes through all samples
+    programs: list[Program] = field(default_factory=list)
+    order: list[tuple[int, Place]] = field(default_factory=list)  # and how much further on
+
+
+@contextmanager
+def recording(multiprocessors: int, shape: Sequence[int]) -> Iterator[list[Recorded | Launch]]:
+    """Collect what modules launch on meta tensors of this shape inside the block, PyTorch's operators too."""
+    from triton.runtime.interpreter import GridExecutor
+
+    traffic = Traffic()
+    aten, memory, call = AtenMeter(traffic), _Memory(shape), GridExecutor.__call__
+
+    def record(executor, *args, **kwargs):
+        with aten.paused():
+            arguments = dict(zip(executor.arg_names, args, strict=False)) | kwargs
+            traffic.per_launch.append(_Recorder(executor, call, memory, arguments).record(shape[0]))
+
+    with launching_on_meta(multiprocessors), patch.object(GridExecutor, "__call__", record), aten:
+        yield traffic.per_launch
+
+
+class _Memory:
+    """Addresses for meta tensors, the same for a tensor in every launch. Nothing is ever written there."""
+
+    def __init__(self, shape: Sequence[int]):
+        self._pixels = prod((shape[0], *shape[2:]))
+        self._real: dict[int, tuple[Tensor, torch.UntypedStorage]] = {}
+
+    def real(self, value: object) -> object:
+        """The argument itself if it is no tensor."""
+        if not isinstance(value, Tensor):
+            return value
+        storage = value.untyped_storage()
+        if storage._cdata not in self._real:
+            # Kept together, so that no other storage gets the same name.
+            self._real[storage._cdata] = value, torch.empty(storage.nbytes(), dtype=torch.uint8).untyped_storage()
+        place = value.storage_offset(), value.size(), value.stride()
+        return torch.empty(0, dtype=value.dtype).set_(self._real[storage._cdata][1], *place)
+
+    def has_pixels(self, t: Tensor) -> bool:
+        """Whether it is like x, maps, or the bits of the ReLU."""
+        return t.numel() * 8 >= self._pixels and t.numel() * 8 % self._pixels == 0 and t.dim() != 2
+
+
+class _Recorder:
+    """Runs some of a launch's programs."""
+
+    def __init__(self, executor, call: Callable, memory: _Memory, arguments: dict[str, object]):
+        self._executor, self._call = executor, call
+        self._arguments = {name: memory.real(value) for name, value in arguments.items()}
+        tensors = [t for t in self._arguments.values() if isinstance(t, Tensor) and t.numel()]
+        self._ranges = sorted((t.data_ptr(), memory.has_pixels(t)) for t in tensors)
+        self._starts = [start for start, _ in self._ranges]
+        grid = executor.grid(arguments) if callable(executor.grid) else executor.grid
+        self._grid = (*grid, 1, 1)[:3]
+        self._count = prod(grid)
+        self._seen: dict[int, list[tuple[Event, tuple[Line, ...]]]] = {}
+        self._work: tuple[int, ...] | None = None  # the arguments of work_item behind the program's number
+
+    def record(self, samples: int) -> Recorded:
+        self._run([0])
+        if self._work is not None:
+            return self._record_items(*self._work)
+        # Programs of a sample; or of a block of channels, and of a part of all samples.
+        blocks, parts, _ = self._grid
+        if parts == 1 and blocks % samples == 0:
+            parts = blocks // samples
+            return self._record_places(
+                samples, [Place(0, *divmod(pid, parts)) for pid in range(blocks)], {0: (parts, 1)}
+            )
+        places = [Place(FIRST, 0, pid % blocks, pid // blocks) for pid in range(self._count)]
+        return self._record_places(0, places, {FIRST: (blocks, parts)})
+
+    def _record_items(self, groups: int, lead: int, first: int, second: int, ahead: int) -> Recorded:
+        """Of a launch whose programs do work items of groups of samples."""
+        from triton.runtime.interpreter import GridExecutor
+
+        from benchmarks.work_order import work_order
+
+        items = min(groups * (first + second), self._count)
+        with patch.object(GridExecutor, "__call__", self._call):
+            order = work_order(items, groups, lead, first, second, ahead)
+        parts = int(self._arguments["S"])
+        sizes = {
+            FIRST: (first // parts, parts),
+            SECOND: ((second - ahead) // parts, parts),
+            HIDDEN: (1, ahead),
+            LAST_HIDDEN: (1, 1),
+            WEIGHTS: (1, 1),
+        }
+        places = []
+        for is_second, group, item in order.T.tolist():
+            if is_second and item < ahead:
+                is_last = (group, item) == (groups - 1, ahead - 1)
+                places.append(Place(LAST_HIDDEN, 0) if is_last else Place(HIDDEN, group, 0, item))
+            else:
+                phase = SECOND if is_second else FIRST
+                places.append(Place(phase, group, *divmod(item - ahead * is_second, parts)))
+        # All alike, and they touch nothing that has pixels.
+        places += [Place(WEIGHTS, 0)] * (self._count - items)
+        return self._record_places(groups, places, sizes)
+
+    def _record_places(self, groups: int, places: list[Place], sizes: dict[int, tuple[int, int]]) -> Recorded:
+        """Of programs by their places in phases of so many blocks and parts."""
+        launch, pids, made = Recorded(self._executor.fn.__name__, groups), {}, {}
+        for pid, place in enumerate(places):
+            pids.setdefault(place, pid)
+        for place in places:
+            blocks, parts = sizes[place.phase]
+            like = place._replace(
+                group=0,
+                block=blocks - 1 if place.block == blocks - 1 else 0,
+                part=parts - 1 if place.part == parts - 1 else 0,
+            )
+            if like not in made:
+                made[like] = len(launch.programs)
+                # The next of its kind, where there is one.
+                next_ones = (
+                    like._replace(group=1),
+                    like._replace(block=like.block + 1 if like.block + 2 < blocks else -1),
+                    like._replace(part=like.part + 1 if like.part + 2 < parts else -1),
+                )
+                launch.programs.append(self._program(pids[like], [pids.get(place) for place in next_ones]))
+            further = Place(place.phase, *(a - b for a, b in zip(place[1:], like[1:], strict=True)))
+            launch.order.append((made[like], further))
+        return launch
+
+    def _run(self, pids: Iterable[int]) -> None:
+        """Run those of these programs that have not been run."""
+        from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+        pids = [pid for pid in pids if pid not in self._seen]
+        if not pids:
+            return
+        events: list = []
+
+        def begin(builder, number, *_):
+            nonlocal events
+            events = self._seen[pids[number]] = []
+            rest, x = divmod(pids[number], self._grid[0])
+            builder.grid_idx = x, rest % self._grid[1], rest // self._grid[1]
+
+        def tell_dimension(builder, *_):
+            builder.grid_dim = self._grid
+
+        executor = GridExecutor(self._executor.fn, self._executor.arg_names, (len(pids),), [])
+        with ExitStack() as stack:
+            stack.enter_context(patch.object(InterpreterBuilder, "set_grid_idx", begin))
+            stack.enter_context(patch.object(InterpreterBuilder, "set_grid_dim", tell_dimension))
+            stack.enter_context(patch.object(GridExecutor, "_restore_args_dev", lambda *_: None))
+            stack.enter_context(np.errstate(all="ignore"))
+            stack.enter_context(without_data(self._arguments.get("stamp", 0)))
+            stack.enter_context(following(lambda event: events.append((event, self._source()))))
+            for module in ops():
+                if hasattr(module, "work_item"):
+                    stack.enter_context(patch.object(module, "work_item", self._told(module.work_item)))
+            self._call(executor, **self._arguments)
+
+    def _told(self, work_item: Callable) -> Callable:
+        def told(pid, *args):
+            self._work = tuple(int(a.handle.data.item()) if hasattr(a, "handle") else int(a) for a in args)
+            return work_item(pid, *args)
+
+        return told
+
+    def _source(self) -> tuple[Line, ...]:
+        """The lines that are being interpreted."""
+        lines, frame = [], sys._getframe(1)
+        while frame.f_code is not self._call.__code__:
+            if "/attn_kernels/" in frame.f_code.co_filename:
+                lines.append(Line(Path(frame.f_code.co_filename).name, frame.f_lineno))
+            frame = frame.f_back
+        return tuple(lines)
+
+    def _program(self, pid: int, next_ones: Sequence[int | None]) -> Program:
+        """That of this number; the next ones by group, block and part tell how much further on they are in memory."""
+        self._run([pid, *(other for other in next_ones if other is not None)])
+        events = self._seen[pid]
+        others = [self._seen.get(other, events) for other in next_ones]
+        return tuple(
+            self._step(event, source, [other[i][0] if i < len(other) else event for other in others])
+            for i, (event, source) in enumerate(events)
+        )
+
+    def _step(self, event: Event, source: tuple[Line, ...], others: Sequence[Event]) -> Step:
+        begin = _first(event)
+        shifts = tuple(_first(other) - begin if _first(other) and type(other) is type(event) else 0 for other in others)
+        if not isinstance(event, Access):
+            kind = "signal" if isinstance(event, Signal) else "wait"
+            return Step(kind, source, shifts=shifts, slots=tuple(sorted(event.slots)))
+        has_pixels = begin and self._ranges[bisect_right(self._starts, begin) - 1][1]
+        sectors = np.unique(event.addresses >> SECTOR_BITS) if has_pixels else None
+        sizes = event.addresses.size * event.size, event.lanes * event.size
+        return Step("load" if event.loads else "store", source, *sizes, shifts, sectors)
+
+
+def _first(event: Event) -> int:
+    """Its first address, 0 where every lane is masked."""
+    if isinstance(event, Access):
+        return int(event.addresses.flat[0]) if event.addresses.size else 0
+    return min(event.slots, default=0)
