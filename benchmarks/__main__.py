@@ -15,6 +15,7 @@ COMMANDS = (
     "check",
     "traffic",
     "compile",
+    "time",
     "host",
     "speed",
     "train",

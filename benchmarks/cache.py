@@ -1,12 +1,14 @@
 """A model of a GPU's L2: which of the bytes that kernels touch go to DRAM.
 
 LRU over 32-byte sectors, the unit that DRAM is read in. A load of a sector that is not there fetches it; a store needs
-no fetch and leaves the sector dirty, to be written back when it is evicted. The sectors that each launch loads and
+no fetch and leaves the sector dirty, to be written back when it is evicted. Sectors whose last use asked for it (PTX:
+``evict_first``) are evicted before all others. The sectors that each launch loads and
 stores are counted once as well: that is what it would move if nothing it needs twice ever left the chip.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,14 +36,14 @@ class Cache:
         self._launch_of = {"load": np.zeros(0, np.int32), "store": np.zeros(0, np.int32)}  # the latest
         self._resident = self._now = 0
         # Uses in order, a batch each; one that was followed by a later use of its sector is stale.
-        self._uses: list[tuple[int, NDArray[np.int64]]] = []
-        self._oldest = 0
+        self._first: deque[tuple[int, NDArray[np.int64]]] = deque()  # of sectors to be evicted before all others
+        self._others: deque[tuple[int, NDArray[np.int64]]] = deque()
 
     def launch(self) -> None:
         """A launch begins."""
         self._launch += 1
 
-    def touch(self, sectors: NDArray[np.integer], *, loads: bool, stores: bool) -> None:
+    def touch(self, sectors: NDArray[np.integer], *, loads: bool, stores: bool, evict_first: bool = False) -> None:
         """Use sectors (addresses divided by 32, each once), in this order; they are looked up before any is evicted."""
         places = self._places(sectors)
         for access, happens in (("load", loads), ("store", stores)):
@@ -50,11 +52,11 @@ class Cache:
                 self.distinct += int(np.count_nonzero(latest[places] != self._launch)) * SECTOR
                 latest[places] = self._launch
         for batch in np.array_split(places, -(-len(places) // self.capacity)) if len(places) else ():
-            self._use(batch, loads, stores)
+            self._use(batch, loads, stores, evict_first)
 
-    def touch_addresses(self, addresses: NDArray[np.integer], *, loads: bool, stores: bool) -> None:
+    def touch_addresses(self, addresses: NDArray[np.integer], **how: bool) -> None:
         """Use the sectors of the elements at these addresses, in the order of addresses."""
-        self.touch(np.unique(addresses >> SECTOR_BITS), loads=loads, stores=stores)
+        self.touch(np.unique(addresses >> SECTOR_BITS), **how)
 
     def stream(self, read: Sequence[NDArray[np.integer]], written: Sequence[NDArray[np.integer]]) -> None:
         """Go through the sectors of several tensors in step, as an elementwise operator does."""
@@ -68,11 +70,11 @@ class Cache:
         """Write everything dirty back and forget the rest."""
         self._evict(self._resident)
 
-    def _use(self, places: NDArray[np.int64], loads: bool, stores: bool) -> None:
+    def _use(self, places: NDArray[np.int64], loads: bool, stores: bool, evict_first: bool) -> None:
         missing = len(places) - int(np.count_nonzero(self._last_use[places]))
         self._now += 1
         self._last_use[places] = self._now
-        self._uses.append((self._now, places))
+        (self._first if evict_first else self._others).append((self._now, places))
         self._resident += missing
         if stores:
             self._dirty[places] = True
@@ -84,19 +86,16 @@ class Cache:
     def _evict(self, count: int) -> None:
         self._resident -= count
         while count:
-            time, places = self._uses[self._oldest]
+            uses = self._first or self._others
+            time, places = uses.popleft()
             current = places[self._last_use[places] == time]
             victims, kept = current[:count], current[count:]
             self._last_use[victims] = 0
             self.written_back += int(np.count_nonzero(self._dirty[victims])) * SECTOR
             self._dirty[victims] = False
             count -= len(victims)
-            self._uses[self._oldest] = time, kept
-            if not len(kept):
-                self._oldest += 1
-        if self._oldest > len(self._uses) // 2:
-            del self._uses[: self._oldest]
-            self._oldest = 0
+            if len(kept):
+                uses.appendleft((time, kept))
 
     def _places(self, sectors: NDArray[np.integer]) -> NDArray[np.int64]:
         """Where the tables keep these sectors."""

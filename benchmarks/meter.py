@@ -127,7 +127,7 @@ def meter(cache: Cache | None = None, multiprocessors: int = 1) -> Iterator[Traf
         if cache is not None:
             with _fetched(launch, cache):
                 for access in in_turns(programs, max(multiprocessors * RESIDENT_WARPS // num_warps, 1)):
-                    cache.touch_addresses(access.addresses, loads=access.loads, stores=access.stores)
+                    access.touch(cache)
 
     def count_program(builder, *index):
         programs.append([])

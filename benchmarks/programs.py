@@ -15,6 +15,8 @@ from unittest.mock import patch
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.cache import Cache
+
 # Warps that a multiprocessor runs at once where it is not known better: those of 128 registers a thread, for which the
 # kernels are made.
 RESIDENT_WARPS = 16
@@ -28,6 +30,11 @@ class Access(NamedTuple):
     loads: bool
     stores: bool
     lanes: int = 0  # those that a mask turns off, too
+    evict_first: bool = False  # from L2, before others
+
+    def touch(self, cache: Cache) -> None:
+        """Let it pass through the L2."""
+        cache.touch_addresses(self.addresses, loads=self.loads, stores=self.stores, evict_first=self.evict_first)
 
 
 class Signal(NamedTuple):
@@ -53,7 +60,14 @@ def following(heard: Callable[[Event], None]) -> Iterator[None]:
     """
     from triton.runtime import interpreter  # here, for Triton has to be imported after TRITON_INTERPRET is set
 
-    def access(pointers: int, mask: int | None, loads: bool = False, stores: bool = False, sem: int | None = None):
+    def access(
+        pointers: int,
+        mask: int | None,
+        loads: bool = False,
+        stores: bool = False,
+        eviction: int | None = None,
+        sem: int | None = None,
+    ):
         def wrap(method: Callable) -> Callable:
             def told(builder, *args, **kwargs):
                 handle = args[pointers]
@@ -64,7 +78,8 @@ def following(heard: Callable[[Event], None]) -> Iterator[None]:
                 order = "" if sem is None else args[sem].name.lower()
                 if "acquire" in order:
                     heard(Wait(frozenset(addresses.tolist())))
-                heard(Access(addresses, size, loads, stores, handle.data.size))
+                first = eviction is not None and getattr(args[eviction], "name", "") == "EVICT_FIRST"
+                heard(Access(addresses, size, loads, stores, handle.data.size, first))
                 result = method(builder, *args, **kwargs)
                 if "release" in order:
                     heard(Signal(frozenset(addresses.tolist())))
@@ -77,8 +92,8 @@ def following(heard: Callable[[Event], None]) -> Iterator[None]:
     builder = interpreter.InterpreterBuilder
     with ExitStack() as stack:
         for name, wrap in (
-            ("create_masked_load", access(pointers=0, mask=1, loads=True)),
-            ("create_masked_store", access(pointers=0, mask=2, stores=True)),
+            ("create_masked_load", access(pointers=0, mask=1, eviction=4, loads=True)),
+            ("create_masked_store", access(pointers=0, mask=2, eviction=4, stores=True)),
             ("create_atomic_rmw", access(pointers=1, mask=3, loads=True, stores=True, sem=4)),
             ("create_atomic_cas", access(pointers=0, mask=None, loads=True, stores=True, sem=3)),
         ):

@@ -2,8 +2,8 @@
 
 Modules run on meta tensors. The interpreter runs programs on addresses alone: loads give zeros, stores do nothing,
 whoever waits finds what it waits for. A program is of a group of samples, a block of channels and a part of a plane;
-the programs of others do the same further on in memory, by the distance between neighbours. The last block and the last
-part, which may be cut short, are run as well.
+the programs of others do the same further on in memory, by the distance between neighbours. The first blocks and parts,
+which may do more, and the last, which may be cut short, are run as well.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from benchmarks.sass import Line
 # The interpreter is imported inside functions: Triton has to be imported after TRITON_INTERPRET is set.
 
 
-# Phases of a launch of work items: the two of the groups of samples, their hidden layers between; that of the last group,
+# Phases of a launch of work items: the two of groups of samples, their hidden layers between, that of the last group,
 # which may do more; and the weights' gradients.
 FIRST, SECOND, HIDDEN, LAST_HIDDEN, WEIGHTS = range(5)
 
@@ -47,6 +47,7 @@ class Step(NamedTuple):
     shifts: tuple[int, int, int] = (0, 0, 0)  # bytes further on, for each group, block and part
     sectors: NDArray[np.int64] | None = None  # of a tensor that has pixels; others are taken to be in L2
     slots: tuple[int, ...] = ()
+    evict_first: bool = False
 
 
 class Place(NamedTuple):
@@ -59,6 +60,7 @@ class Place(NamedTuple):
 
 
 Program = tuple[Step, ...]
+FEW = 40  # programs that are all run
 
 
 @dataclass
@@ -176,18 +178,16 @@ class _Recorder:
             pids.setdefault(place, pid)
         for place in places:
             blocks, parts = sizes[place.phase]
-            like = place._replace(
-                group=0,
-                block=blocks - 1 if place.block == blocks - 1 else 0,
-                part=parts - 1 if place.part == parts - 1 else 0,
-            )
+            like = place
+            if len(places) > FEW:
+                like = place._replace(group=0, block=_like(place.block, blocks), part=_like(place.part, parts))
             if like not in made:
                 made[like] = len(launch.programs)
                 # The next of its kind, where there is one.
                 next_ones = (
                     like._replace(group=1),
-                    like._replace(block=like.block + 1 if like.block + 2 < blocks else -1),
-                    like._replace(part=like.part + 1 if like.part + 2 < parts else -1),
+                    like._replace(block=2 if like.block == 1 and blocks > 3 else -1),
+                    like._replace(part=2 if like.part == 1 and parts > 3 else -1),
                 )
                 launch.programs.append(self._program(pids[like], [pids.get(place) for place in next_ones]))
             further = Place(place.phase, *(a - b for a, b in zip(place[1:], like[1:], strict=True)))
@@ -260,7 +260,13 @@ class _Recorder:
         has_pixels = begin and self._ranges[bisect_right(self._starts, begin) - 1][1]
         sectors = np.unique(event.addresses >> SECTOR_BITS) if has_pixels else None
         sizes = event.addresses.size * event.size, event.lanes * event.size
-        return Step("load" if event.loads else "store", source, *sizes, shifts, sectors)
+        kind = "load" if event.loads else "store"
+        return Step(kind, source, *sizes, shifts, sectors, evict_first=event.evict_first)
+
+
+def _like(number: int, count: int) -> int:
+    """The block or part that this one is like: the first and the last may do what others do not."""
+    return number if number in (0, count - 1) else 1
 
 
 def _first(event: Event) -> int:

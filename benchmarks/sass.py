@@ -45,6 +45,8 @@ class Stretch:
     stored: int
     in_flight: int
     is_async: bool  # so that a turn asks for what later ones need
+    evict_first: frozenset[str]  # of loads and stores those which ask L2 for it
+    instructions: int
     issue: int
     barriers: int
 
@@ -166,6 +168,10 @@ def _stretch(items: Sequence[_Instruction | str], is_loop: bool) -> Iterator[Str
             stored=sum(i.bytes for i in accesses if i.name == "STG"),
             in_flight=_in_flight(code, is_loop),
             is_async=any(i.name == "LDGSTS" for i in code),
+            evict_first=frozenset(
+                "store" if i.name == "STG" else "load" for i in accesses if "EF" in i.opcode.split(".")
+            ),
+            instructions=len(code),
             issue=sum(i.issue for i in code),
             barriers=sum(i.name == "BAR" for i in code),
         )

@@ -44,7 +44,7 @@ class Machine:
     gap: float = 1.2  # between kernels
     kernel: float = 1.0  # of one of PyTorch's that does next to nothing
     barrier: float = 0.02  # of a program's warps, each time
-    cycles: int = 2  # between a warp's own instructions
+    cycles: int = 2  # between the instructions of a warp
     backlog: float = 3.0  # how far stores may run ahead of DRAM
 
     @property
@@ -71,7 +71,8 @@ class Simulator:
         self.machine = machine
         self.now = 0.0
         self.cache = Cache(machine.l2_bytes)
-        self.waited = 0.0  # programs, for others
+        self.fetched = 0  # bytes, from DRAM
+        self._waited = self._resided = 0.0  # programs, for others, and in all
         self._dram = self._l2 = 0.0  # until when they are busy
         count = machine.architecture.multiprocessors
         self._reads, self._writes, self._issues = [0.0] * count, [0.0] * count, [0.0] * count
@@ -79,6 +80,11 @@ class Simulator:
         self._number = 0
         self._set: dict[int, float] = {}  # when slots were set
         self._waiting: dict[int, list[_Waiting]] = {}
+
+    @property
+    def waiting(self) -> float:
+        """Of the time of all places for programs, the share that their programs waited for others."""
+        return self._waited / self._resided if self._resided else 0.0
 
     def operator(self, loaded: int, stored: int) -> None:
         """One of PyTorch's own."""
@@ -132,6 +138,7 @@ class Simulator:
         if to_come or any(self._waiting.values()):
             raise RuntimeError("programs wait for what never comes")
         self.now = max(end, self._dram)
+        self._resided += (self.now - begin) * resident * machine.architecture.multiprocessors
 
     def _push(self, at: float, multiprocessor: int, program: Iterator[float]) -> None:
         self._number += 1
@@ -148,7 +155,7 @@ class Simulator:
     def _go_on(self, waiting: _Waiting) -> None:
         last = max((self._set[slot] for slot in waiting.slots), default=0.0)
         at = max(self.now + self.machine.l2_latency, last + self.machine.hop)
-        self.waited += at - waiting.since
+        self._waited += at - waiting.since
         self._push(at, waiting.multiprocessor, waiting.program)
 
     def _signal(self, slot: int) -> None:
@@ -178,14 +185,13 @@ class Simulator:
         self._writes[multiprocessor] = max(self._writes[multiprocessor], now) + size / machine.port
         return max(now, self._writes[multiprocessor], self._dram - machine.backlog)
 
-    def _issue(self, multiprocessor: int, slots: float, warps: int, barriers: float) -> float:
-        """When so many instructions of each warp are done: four per clock are issued, and by a warp fewer."""
+    def _compute(self, multiprocessor: int, stretch: Stretch, turns: float, warps: int) -> float:
+        """When a stretch is done: a multiprocessor issues four slots per clock, a warp less than its instructions."""
         machine = self.machine
-        self._issues[multiprocessor] = (
-            max(self._issues[multiprocessor], self.now) + slots * warps / (4 * machine.clock) / 1000
-        )
-        own = self.now + slots * max(machine.cycles, warps / 4) / machine.clock / 1000
-        return max(self._issues[multiprocessor], own) + barriers * machine.barrier
+        busy = stretch.issue * turns * warps / (4 * machine.clock) / 1000
+        self._issues[multiprocessor] = max(self._issues[multiprocessor], self.now) + busy
+        own = stretch.instructions * turns * max(machine.cycles, warps / 4) / machine.clock / 1000
+        return max(self._issues[multiprocessor], self.now + own) + stretch.barriers * turns * machine.barrier
 
     def _program(self, kernel: _Kernel, steps: Program, place: Place):
         def program(multiprocessor: int) -> Iterator[float | _Waiting]:
@@ -210,13 +216,13 @@ class Simulator:
                 continue
             stretch = kernel.stretch(step)
             if stretch is not before and stretch is not None and not stretch.is_loop:
-                yield self._issue(sm, stretch.issue, kernel.warps, stretch.barriers)
+                yield self._compute(sm, stretch, 1, kernel.warps)
             before = stretch
             if step.kind == "store":
                 if stretch is not None and stretch.is_loop and not stretch.loaded:
                     turns = step.tile_bytes / (stretch.stored * kernel.threads)
-                    yield self._issue(sm, stretch.issue * turns, kernel.warps, stretch.barriers * turns)
-                self._touch(step, place)
+                    yield self._compute(sm, stretch, turns, kernel.warps)
+                self._touch(kernel, step, place)
                 yield self._write(sm, step.bytes / 1000)
                 continue
             limit = kernel.threads * stretch.in_flight if stretch is not None else 0
@@ -232,7 +238,7 @@ class Simulator:
                     if ahead.kind == "load":
                         if at != number and in_flight + ahead.tile_bytes > limit:
                             break
-                        there = self._read(sm, ahead.bytes / 1000, self._touch(ahead, place) / 1000)
+                        there = self._read(sm, ahead.bytes / 1000, self._touch(kernel, ahead, place) / 1000)
                         arrivals.append((at, there, ahead.tile_bytes))
                         in_flight += ahead.tile_bytes
                     at += 1
@@ -242,16 +248,19 @@ class Simulator:
             in_flight -= size
             if stretch is not None and stretch.is_loop:
                 turns = step.tile_bytes / (stretch.loaded * kernel.threads)
-                yield self._issue(sm, stretch.issue * turns, kernel.warps, stretch.barriers * turns)
+                yield self._compute(sm, stretch, turns, kernel.warps)
 
-    def _touch(self, step: Step, place: Place) -> int:
+    def _touch(self, kernel: _Kernel, step: Step, place: Place) -> int:
         """The bytes of a step that L2 has to fetch from DRAM."""
         if step.sectors is None:
             return 0
         before = self.cache.fetched
-        self.cache.touch(
-            step.sectors + _shift(step, place) // SECTOR, loads=step.kind == "load", stores=step.kind == "store"
-        )
+        sectors = step.sectors + _shift(step, place) // SECTOR
+        loads = step.kind == "load"
+        stretch = kernel.stretch(step)
+        evict_first = step.evict_first and stretch is not None and step.kind in stretch.evict_first
+        self.cache.touch(sectors, loads=loads, stores=not loads, evict_first=evict_first)
+        self.fetched += self.cache.fetched - before
         return self.cache.fetched - before
 
 

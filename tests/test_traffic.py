@@ -165,7 +165,7 @@ class TestSideBySide:
         events = [[access, access] for access in once]
         cache = Cache(40 * SECTOR)
         for access in in_turns(events, resident):
-            cache.touch_addresses(access.addresses, loads=access.loads, stores=access.stores)
+            access.touch(cache)
         return cache.fetched // SECTOR
 
     def test_l2_holds_what_few_programs_read_and_not_what_many_do(self):

@@ -6,11 +6,12 @@ columns of fc1 (partial sums over channels, ``part``); those that add the partia
 that use the gate, which multiply by their rows of fc2.
 
 An item owns a block of channels, ``SAMPLES`` samples one after another, whose products are one matrix product, and of
-large planes a part. What the parts of a plane leave (``stats``) is added up, in order, by the item of the last one.
+large planes a part. What the parts of a plane leave (``stats``) is added up, in order, by the item of the last one. Of
+an average alone nobody adds up the parts: the product of each with fc1 is a partial sum as that of a block of channels.
 
-Shapes: x (N, C, P) in either layout; pool (N, K, C); part (N, J, K, H) of J blocks of channels; stats (N, S, Q, C) of S
-parts of a plane; pre (N, K, H); gate (N, C). Saved for backward are ``pre``, from which the gate follows, the maximum's
-index, and the pools that backward would not have from x at little cost (lp, lse).
+Shapes: x (N, C, P) in either layout; pool (N, K, C); part (N, J, K, H) of J blocks of channels, or blocks and parts;
+stats (N, S, Q, C) of S parts of a plane; pre (N, K, H); gate (N, C). Saved for backward are ``pre``, from which the
+gate follows, the maximum's index, and the pools that backward would not have from x at little cost (lp, lse).
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from reference._common import accumulation_dtype
 
 # A set of pools is an integer of these bits; the k-th pool is the k-th bit that is set.
 POOLS = ("avg", "max", "lp", "lse")
+AVERAGE = 1
 
 
 @triton.jit
@@ -112,11 +114,11 @@ def _top_shift(b_top):
 def squeeze(
     x_ptr,  # (N, C, P)
     w1_ptr,  # (H, C), or None to pool only
-    stats_ptr,  # (N, S, Q, C), written if DIVIDED: sum, maximum, sum of squares, sum of exponentials
-    arg_ptr,  # (N, S, C), written if DIVIDED and there is a maximum
+    stats_ptr,  # (N, S, Q, C), written if JOINED: sum, maximum, sum of squares, sum of exponentials
+    arg_ptr,  # (N, S, C), written if JOINED and there is a maximum
     pool_ptr,  # (N, L, C), written, or None: all pools, or those that backward cannot have from x at little cost
     argmax_ptr,  # (N, C), written if there is a maximum, or None
-    part_ptr,  # (N, J, K, H), written, or None
+    part_ptr,  # (N, J, K, H), written, or None; (N, J * S, 1, H) if planes are divided but not JOINED
     slots_ptr,  # of the group's items of this phase, or None where each phase is a launch
     given_up_ptr,
     stamp,
@@ -135,8 +137,9 @@ def squeeze(
     LSE: tl.constexpr,
     ALL: tl.constexpr,
     ACC: tl.constexpr,
-    DIVIDED: tl.constexpr,
+    JOINED: tl.constexpr,
     SAMPLES: tl.constexpr,
+    STAGES: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -155,7 +158,7 @@ def squeeze(
     m_c = o_c < C
     begin = i_s * CHUNK
     end = tl.minimum(begin + CHUNK, P)
-    if DIVIDED and slots_ptr is None:
+    if JOINED and slots_ptr is None:
         end = tl.where(phase == JOIN, begin, end)
     b_avg_rows = tl.zeros([ROWS, BLOCK_C], ACC)
     b_max_rows = tl.zeros([ROWS, BLOCK_C], ACC)
@@ -168,7 +171,7 @@ def squeeze(
         b_square = tl.zeros([BLOCK_C, BLOCK_P], ACC)
         b_max = tl.full([BLOCK_C, BLOCK_P], float("-inf"), ACC)
         b_arg = tl.zeros([BLOCK_C, BLOCK_P], tl.int32) + begin + tl.arange(0, BLOCK_P)[None, :]
-        for p in range(begin, end, BLOCK_P):
+        for p in tl.range(begin, end, BLOCK_P, num_stages=STAGES):
             o_p = p + tl.arange(0, BLOCK_P)
             b_x = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
             if AVG:
@@ -199,7 +202,7 @@ def squeeze(
             b_exp = tl.sum(b_sum, axis=1)
 
         last = True
-        if DIVIDED:
+        if JOINED:
             p_stats = stats_ptr + (i_n * S + i_s) * Q * C + o_c
             p_arg = i_n * S * C + o_c
             if slots_ptr is None:
@@ -270,8 +273,12 @@ def squeeze(
                     b_lse_rows, row, b_lse, pool_ptr, i_n, o_c, FIRST + LP, C, True, FIRST + LP + LSE
                 )
             if w1_ptr is not None and SAMPLES == 1:
-                _fc1(b_avg_rows, b_max_rows, b_lp_rows, b_lse_rows, w1_ptr, part_ptr, group, i_j, o_c, N, C, H, J,
-                     AVG, MAX, LP, LSE, SAMPLES, BLOCK_H)  # fmt: skip
+                if JOINED:
+                    _fc1(b_avg_rows, b_max_rows, b_lp_rows, b_lse_rows, w1_ptr, part_ptr, group, i_j, o_c, N, C, H, J,
+                         AVG, MAX, LP, LSE, SAMPLES, BLOCK_H)  # fmt: skip
+                else:  # fc1 of an average is the sum of that of its parts, which need not meet first
+                    _fc1(b_avg_rows, b_max_rows, b_lp_rows, b_lse_rows, w1_ptr, part_ptr, group, item, o_c, N, C, H,
+                         J * S, AVG, MAX, LP, LSE, SAMPLES, BLOCK_H)  # fmt: skip
     if w1_ptr is not None and SAMPLES > 1:
         _fc1(b_avg_rows, b_max_rows, b_lp_rows, b_lse_rows, w1_ptr, part_ptr, group, i_j, o_c, N, C, H, J,
              AVG, MAX, LP, LSE, SAMPLES, BLOCK_H)  # fmt: skip
@@ -312,9 +319,11 @@ def _fc1(
 @triton.jit
 def sum_parts(part_ptr, i_n, o_e, m, J, SIZE, ACC: tl.constexpr, BLOCK_E: tl.constexpr):
     """[BLOCK_E] sums over J blocks of channels, in a fixed order: of element o_e of SIZE of sample i_n."""
+    # So many at once that their pointers do not spill with Triton 3.6: of a narrow hidden layer, in 4 warps, 1024.
+    ROWS: tl.constexpr = 2048 // BLOCK_E if BLOCK_E > 64 else 1024 // BLOCK_E
     b_sum = tl.zeros([BLOCK_E], ACC)
-    for j in range(0, J, 16):
-        o_j = j + tl.arange(0, 16)
+    for j in range(0, J, ROWS):
+        o_j = j + tl.arange(0, ROWS)
         pointers = part_ptr + (i_n[None, :] * J + o_j[:, None]) * SIZE + o_e[None, :]
         b_part = tl.load(pointers, mask=(o_j < J)[:, None] & m[None, :], other=0, cache_modifier=".cg")
         b_sum += tl.sum(b_part, axis=0)
@@ -413,6 +422,7 @@ def squeeze_kernel(
     LP: tl.constexpr,
     LSE: tl.constexpr,
     SINGLE: tl.constexpr,
+    STAGES: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -440,7 +450,7 @@ def squeeze_kernel(
     squeeze(
         x_ptr, None, stats_ptr, arg_ptr, pool_ptr, argmax_ptr, None, p_slots, given_up_ptr, stamp, phase,
         group, item, N, C, P, 1, S, CHUNK,
-        AVG, MAX, LP, LSE, True, ACC, DIVIDED, 1, CHANNELS_LAST, BLOCK_C, BLOCK_P, 16,
+        AVG, MAX, LP, LSE, True, ACC, DIVIDED, 1, STAGES, CHANNELS_LAST, BLOCK_C, BLOCK_P, 16,
     )  # fmt: skip
     if SINGLE and DIVIDED:
         mark(p_slots + item, stamp)
@@ -497,16 +507,23 @@ def pool(x: Tensor, pools: int) -> tuple[Tensor, Tensor]:
             plan.chunk,
             **pool_flags(pools),
             SINGLE=plan.single_launch,
+            STAGES=plan.stages,
             **tile_options(x, plan.tile),
         )
     return values, argmax
 
 
 def scratch_size(x: Tensor, hidden: int, pools: int, plan: ChannelPlan) -> int:
-    """Elements of ``part`` (N, J, K, H) and, where planes are divided, ``arg`` (N, S, C) and ``stats`` (N, S, Q, C)."""
+    """Elements of ``part`` (N, J, K, H) and, where planes are joined, ``arg`` (N, S, C) and ``stats`` (N, S, Q, C)."""
     n, c, _, _ = x.shape
-    divided = plan.splits * (stats_count(pools) + (pools >> 1 & 1)) * c if plan.splits > 1 else 0
-    return n * (plan.blocks * pool_count(pools) * hidden + divided)
+    joined = is_joined(hidden, pools, plan)
+    stats = plan.splits * (stats_count(pools) + (pools >> 1 & 1)) * c if joined else 0
+    return n * ((plan.blocks if joined else plan.items) * pool_count(pools) * hidden + stats)
+
+
+def is_joined(hidden: int, pools: int, plan: ChannelPlan) -> bool:
+    """Whether the parts of a plane are added up before fc1, as all but those of an average have to be."""
+    return plan.splits > 1 and not (hidden and pools == AVERAGE)
 
 
 def empty_saved(x: Tensor, hidden: int, pools: int) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ partial sums over channels of fc2's transposed product (``dpart``). Items betwee
 the hidden layer. The second goes through fc1 to the pools, reads dy again and writes dx. Items behind all others
 compute the weights' gradients from what the first phases have left.
 
-Shapes as in _channel.py; dlogit (N, C); dpart (N, J, H); dpre (N, K, H). The pools are in two places: average and
+Shapes as in _channel.py; dlogit (N, C); dpart (N, J * S, H); dpre (N, K, H). The pools are in two places: average and
 maximum, computed here, in scratch, lp and lse in what forward saved.
 """
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from attn_kernels.ops import _config as config
 from attn_kernels.ops._channel import (
+    AVERAGE,
     empty_dweights,
     excite,
     get_row,
@@ -44,7 +45,6 @@ from attn_kernels.ops._device import (
 from attn_kernels.ops._launch import channel_plan, tile_options
 from attn_kernels.ops._phases import (
     JOIN,
-    PARTS,
     WEIGHTS,
     empty_scratch,
     launches,
@@ -85,139 +85,133 @@ def scratch_pointers(scratch_ptr, N, C, H, AVG: tl.constexpr, MAX: tl.constexpr,
 
 @triton.jit
 def _sum_planes(
-    dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, argmax_ptr, pool_ptr, stats_ptr, slots_ptr, given_up_ptr,
-    stamp, phase, i_n, i_j, i_s, C, P, S, CHUNK, AVG: tl.constexpr, MAX: tl.constexpr, ACC: tl.constexpr,
-    DIVIDED: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, i_n, c, begin, end, C, P, AVG: tl.constexpr,
+    ACC: tl.constexpr, EVICT: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """sum_p dy * x, and the average and the maximum of x, of a work item's part of a sample; whether they are whole."""
-    c = i_j * BLOCK_C
+    """sum_p dy * x and sum_p x of a part of a sample."""
     o_c = c + tl.arange(0, BLOCK_C)
-    m_c = o_c < C
-    begin = i_s * CHUNK
-    end = tl.minimum(begin + CHUNK, P)
-    if DIVIDED and slots_ptr is None:
-        end = tl.where(phase == JOIN, begin, end)
     b_sum = tl.zeros([BLOCK_C, BLOCK_P], ACC)
-    b_avg_sum = tl.zeros([BLOCK_C, BLOCK_P], ACC)
+    b_avg = tl.zeros([BLOCK_C, BLOCK_P], ACC)
     for p in range(begin, end, BLOCK_P):
         b_dy = load_tail_grad(dy_ptr, mask_ptr, None, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-        b_x = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+        b_x = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P, EVICT)
         o_p = p + tl.arange(0, BLOCK_P)
         b_sum += _channel_grad(b_dy, spatial_ptr, spatial_argmax_ptr, i_n, o_c, o_p, P, ACC) * b_x
         if AVG:
-            b_avg_sum += b_x
-    b_dgate = tl.sum(b_sum, axis=1)
-    b_avg = tl.sum(b_avg_sum, axis=1)
-    last = True
-    if DIVIDED:
-        p_stats = stats_ptr + i_n * S * (1 + AVG) * C + o_c
-        if slots_ptr is None:
-            last = phase == JOIN
-            m_own = o_c < tl.where(phase == PARTS, C, 0)
-        else:
-            last = i_s == S - 1
-            m_own = m_c
-        tl.store(p_stats + i_s * (1 + AVG) * C, b_dgate, mask=m_own)
-        if AVG:
-            tl.store(p_stats + (i_s * 2 + 1) * C, b_avg, mask=m_own)
-        if last:
-            parts = S
-            if slots_ptr is not None:
-                parts = tl.where(wait(slots_ptr + i_j * S, S - 1, given_up_ptr, stamp), 0, S)
-            b_dgate = tl.zeros([BLOCK_C], ACC)
-            b_avg = tl.zeros([BLOCK_C], ACC)
-            for s in range(0, parts):
-                b_dgate += tl.load(p_stats + s * (1 + AVG) * C, mask=m_c, other=0, cache_modifier=".cg")
-                if AVG:
-                    b_avg += tl.load(p_stats + (s * 2 + 1) * C, mask=m_c, other=0, cache_modifier=".cg")
-            b_dgate = unless(parts == 0, b_dgate)
-            b_avg = unless(parts == 0, b_avg)
-    if last:
-        p_pool = pool_ptr + i_n * (AVG + MAX) * C + o_c
-        if AVG:
-            tl.store(p_pool, b_avg / P, mask=m_c)
-        if MAX:
-            b_argmax = tl.load(argmax_ptr + i_n * C + o_c, mask=m_c, other=0).to(tl.int32)
-            b_max = load_elements(x_ptr, i_n, o_c, b_argmax, m_c, C, P, ACC, CHANNELS_LAST)
-            tl.store(p_pool + AVG * C, b_max, mask=m_c)
-    return b_dgate, last
+            b_avg += b_x
+    return tl.sum(b_sum, axis=1), tl.sum(b_avg, axis=1)
+
+
+@triton.jit
+def _store_pools(
+    pool_ptr, argmax_ptr, x_ptr, b_sum, i_n, o_c, C, P, AVG: tl.constexpr, MAX: tl.constexpr, ACC: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """The average and the maximum of x, of a sample."""
+    m_c = o_c < C
+    p_pool = pool_ptr + i_n * (AVG + MAX) * C + o_c
+    if AVG:
+        tl.store(p_pool, b_sum / P, mask=m_c)
+    if MAX:
+        b_argmax = tl.load(argmax_ptr + i_n * C + o_c, mask=m_c, other=0).to(tl.int32)
+        tl.store(p_pool + AVG * C, load_elements(x_ptr, i_n, o_c, b_argmax, m_c, C, P, ACC, CHANNELS_LAST), mask=m_c)
 
 
 @triton.jit
 def _dgate(
     dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, w2_ptr, b2_ptr, pre_ptr, argmax_ptr, gate_ptr,
-    dlogit_ptr, pool_ptr, dpart_ptr, stats_ptr, slots_ptr, given_up_ptr, stamp, phase, group, item, N, C, P, H, S,
+    dlogit_ptr, pool_ptr, dpart_ptr, stats_ptr, group, item, N, C, P, H, S,
     CHUNK, AVG: tl.constexpr, MAX: tl.constexpr, K: tl.constexpr, ACTIVATION: tl.constexpr, GATE: tl.constexpr,
-    DIVIDED: tl.constexpr, SAMPLES: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr,
+    DIVIDED: tl.constexpr, SAMPLES: tl.constexpr, EVICT: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """dlogit[c] = gate' * sum_p dy * x, fc2[c, :]^T @ dlogit[c] and the pools of a work item. Reads dy and x."""
+    """dlogit[c] = gate' * sum_p dy * x, fc2[c, :]^T @ dlogit[c] and the pools of a work item. Reads dy and x.
+
+    All are sums over a plane. Those of its parts are partial sums, of ``dlogit`` and the average in ``stats``.
+    """
     ACC: tl.constexpr = gate_ptr.dtype.element_ty
     ROWS: tl.constexpr = 16 if SAMPLES > 1 else 1
-    i_j = item // S
     i_s = item % S
-    c = i_j * BLOCK_C
+    c = item // S * BLOCK_C
+    begin = i_s * CHUNK
+    end = tl.minimum(begin + CHUNK, P)
     o_c = c + tl.arange(0, BLOCK_C)
     m_c = o_c < C
     if SAMPLES == 1:
-        b_dgate, last = _sum_planes(
-            dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, argmax_ptr, pool_ptr, stats_ptr, slots_ptr,
-            given_up_ptr, stamp, phase, tl.cast(group, tl.int64), i_j, i_s, C, P, S, CHUNK, AVG, MAX, ACC, DIVIDED,
+        i_n = tl.cast(group, tl.int64)
+        b_dgate, b_sum = _sum_planes(
+            dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, i_n, c, begin, end, C, P, AVG, ACC, EVICT,
             CHANNELS_LAST, BLOCK_C, BLOCK_P,
         )  # fmt: skip
+        if not DIVIDED:
+            _store_pools(pool_ptr, argmax_ptr, x_ptr, b_sum, i_n, o_c, C, P, AVG, MAX, ACC, CHANNELS_LAST)
         b_dgates = tl.expand_dims(b_dgate, 0)
     else:
-        last = True
         b_dgates = tl.zeros([ROWS, BLOCK_C], ACC)
         for row in range(0, tl.minimum(SAMPLES, N - group * SAMPLES)):
-            b_dgate, _ = _sum_planes(
-                dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, argmax_ptr, pool_ptr, None, None,
-                None, stamp, phase, tl.cast(group * SAMPLES + row, tl.int64), i_j, i_s, C, P, S, CHUNK, AVG, MAX, ACC,
-                False, CHANNELS_LAST, BLOCK_C, BLOCK_P,
+            i_n = tl.cast(group * SAMPLES + row, tl.int64)
+            b_dgate, b_sum = _sum_planes(
+                dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, i_n, c, begin, end, C, P, AVG, ACC, EVICT,
+                CHANNELS_LAST, BLOCK_C, BLOCK_P,
             )  # fmt: skip
+            _store_pools(pool_ptr, argmax_ptr, x_ptr, b_sum, i_n, o_c, C, P, AVG, MAX, ACC, CHANNELS_LAST)
             b_dgates = put_row(b_dgates, row, b_dgate)
-    if last:
-        o_n = group * SAMPLES + tl.arange(0, ROWS)
-        m_n = (o_n < N) & (tl.arange(0, ROWS) < SAMPLES)
-        p_gate = o_n.to(tl.int64)[:, None] * C + o_c[None, :]
-        m = m_n[:, None] & m_c[None, :]
-        if spatial_ptr is None:
-            b_gates = excite(
-                pre_ptr,
-                w2_ptr,
-                b2_ptr,
-                gate_ptr,
-                False,
-                group,
-                c,
-                N,
-                C,
-                H,
-                K,
-                ACTIVATION,
-                GATE,
-                SAMPLES,
-                BLOCK_C,
-                BLOCK_H,
-            )
-        else:  # needed earlier, by the spatial gate's backward, and therefore there already
-            b_gates = tl.load(gate_ptr + p_gate, mask=m, other=0)
-        b_dlogits = tl.where(m, gate_bwd(b_dgates, b_gates, GATE), 0.0)
+    o_n = group * SAMPLES + tl.arange(0, ROWS)
+    m_n = (o_n < N) & (tl.arange(0, ROWS) < SAMPLES)
+    p_gate = o_n.to(tl.int64)[:, None] * C + o_c[None, :]
+    m = m_n[:, None] & m_c[None, :]
+    if spatial_ptr is None:
+        b_gates = excite(
+            pre_ptr, w2_ptr, b2_ptr, None, False, group, c, N, C, H, K, ACTIVATION, GATE, SAMPLES, BLOCK_C, BLOCK_H
+        )
+        tl.store(gate_ptr + p_gate, b_gates, mask=m & (i_s == 0))
+    else:  # needed earlier, by the spatial gate's backward, and therefore there already
+        b_gates = tl.load(gate_ptr + p_gate, mask=m, other=0)
+    b_dlogits = tl.where(m, gate_bwd(b_dgates, b_gates, GATE), 0.0)
+    if DIVIDED:
+        p_stats = stats_ptr + (o_n.to(tl.int64)[:, None] * S + i_s) * (1 + AVG) * C + o_c[None, :]
+        tl.store(p_stats, b_dlogits, mask=m)
+        if AVG:
+            tl.store(p_stats + C, tl.expand_dims(b_sum, 0), mask=m)
+    else:
         tl.store(dlogit_ptr + p_gate, b_dlogits, mask=m)
-        _fc2(b_dlogits, w2_ptr, dpart_ptr, group, i_j, o_c, N, C, H, J=tl.cdiv(C, BLOCK_C), SAMPLES=SAMPLES,
-             BLOCK_H=BLOCK_H)  # fmt: skip
+    _fc2(
+        b_dlogits, w2_ptr, dpart_ptr, group, item, o_c, N, C, H, tl.cdiv(C, BLOCK_C) * S, SAMPLES, BLOCK_H
+    )  # fmt: skip
+
+
+@triton.jit
+def _join(
+    x_ptr, argmax_ptr, dlogit_ptr, pool_ptr, stats_ptr, given_up, group, i_j, C, P, S, AVG: tl.constexpr,
+    MAX: tl.constexpr, ACC: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """``dlogit`` and the pools of a divided plane, from what its parts have left: for the weights' gradients alone."""
+    i_n = tl.cast(group, tl.int64)
+    o_c = i_j * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    b_dlogit = tl.zeros([BLOCK_C], ACC)
+    b_sum = tl.zeros([BLOCK_C], ACC)
+    for s in range(0, S):
+        p_stats = stats_ptr + (i_n * S + s) * (1 + AVG) * C + o_c
+        b_dlogit += tl.load(p_stats, mask=m_c, other=0, cache_modifier=".cg")
+        if AVG:
+            b_sum += tl.load(p_stats + C, mask=m_c, other=0, cache_modifier=".cg")
+    tl.store(dlogit_ptr + i_n * C + o_c, unless(given_up, b_dlogit), mask=m_c)
+    _store_pools(
+        pool_ptr, argmax_ptr, x_ptr, unless(given_up, b_sum), i_n, o_c, C, P, AVG, MAX, ACC, CHANNELS_LAST
+    )  # fmt: skip
 
 
 @triton.jit
 def _fc2(
-    b_dlogit, w2_ptr, dpart_ptr, group, i_j, o_c, N, C, H, J, SAMPLES: tl.constexpr, BLOCK_H: tl.constexpr
+    b_dlogit, w2_ptr, dpart_ptr, group, item, o_c, N, C, H, items, SAMPLES: tl.constexpr, BLOCK_H: tl.constexpr
 ):  # fmt: skip
     o_n = group * SAMPLES + tl.arange(0, b_dlogit.shape[0])
     m_n = (o_n < N) & (tl.arange(0, b_dlogit.shape[0]) < SAMPLES)
     for h in range(0, H, BLOCK_H):
         o_h = h + tl.arange(0, BLOCK_H)
         b_dpart = product(b_dlogit, tl.trans(load_weight(w2_ptr, o_c, o_h, C, H, b_dlogit.dtype)))
-        pointers = dpart_ptr + (o_n.to(tl.int64)[:, None] * J + i_j) * H + o_h[None, :]
+        pointers = dpart_ptr + (o_n.to(tl.int64)[:, None] * items + item) * H + o_h[None, :]
         tl.store(pointers, b_dpart, mask=m_n[:, None] & (o_h < H)[None, :])
 
 
@@ -376,6 +370,7 @@ def gate_bwd_kernel(
     C, P = aligned(C, P, UNIT, CHANNELS_LAST)
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     K: tl.constexpr = AVG + MAX + LP + LSE
+    X_AGAIN: tl.constexpr = "" if LP or LSE else "evict_first"  # x is needed again, or is not
     J = tl.cdiv(C, BLOCK_C)
     pid = tl.program_id(0)
     first_items = J * S
@@ -386,7 +381,7 @@ def gate_bwd_kernel(
         hidden_items = tl.cdiv(SAMPLES * H, BLOCK_E)
         second_items = hidden_items + first_items
         dlogit_ptr, dpre_ptr, pool_ptr, dpart_ptr = scratch_pointers(scratch_ptr, N, C, H, AVG, MAX, K)
-        stats_ptr = dpart_ptr + tl.cast(N, tl.int64) * J * H  # (N, S, 1 + AVG, C), if planes are divided
+        stats_ptr = dpart_ptr + tl.cast(N, tl.int64) * first_items * H  # (N, S, 1 + AVG, C), if planes are divided
         p_first = None
         given_up_ptr = None
         if SINGLE:
@@ -396,7 +391,8 @@ def gate_bwd_kernel(
             given_up_ptr = slots_pointer(scratch_ptr, slots)
             p_first = given_up_ptr + 1 + group * first_items
             p_hidden = given_up_ptr + 1 + groups * first_items
-            p_all = p_hidden + groups * hidden_items  # one for all of them
+            p_join = p_hidden + groups * hidden_items
+            p_all = p_join + (groups * J if DIVIDED else 0)  # one for all of them
         else:
             weight_item = tl.where(phase == WEIGHTS, pid, -1)
             second, group, item = phase_item(pid, phase, S, first_items, hidden_items, hidden_items, second_items)
@@ -409,25 +405,56 @@ def gate_bwd_kernel(
                 N, C, H, AVG, MAX, LP, LSE, ACTIVATION, BLOCK_W,
             )  # fmt: skip
         elif not second:
-            _dgate(
-                dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, w2_ptr, b2_ptr, saved_ptr, argmax_ptr,
-                scratch_ptr, dlogit_ptr, pool_ptr, dpart_ptr, stats_ptr, p_first, given_up_ptr, stamp, phase,
-                group, item, N, C, P, H, S, CHUNK,
-                AVG, MAX, K, ACTIVATION, GATE, DIVIDED, SAMPLES, CHANNELS_LAST, BLOCK_C, BLOCK_P, BLOCK_H,
-            )  # fmt: skip
+            sums = phase != JOIN
+            if SINGLE:
+                sums = True
+            if sums:
+                _dgate(
+                    dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, w2_ptr, b2_ptr, saved_ptr, argmax_ptr,
+                    scratch_ptr, dlogit_ptr, pool_ptr, dpart_ptr, stats_ptr, group, item, N, C, P, H, S, CHUNK,
+                    AVG, MAX, K, ACTIVATION, GATE, DIVIDED, SAMPLES, X_AGAIN, CHANNELS_LAST, BLOCK_C, BLOCK_P, BLOCK_H,
+                )  # fmt: skip
             if SINGLE:
                 mark(p_first + item, stamp)
+            if DIVIDED:
+                # Behind the mark: of the other items none waits for this, only the weights.
+                joins = phase == JOIN
+                if SINGLE:
+                    joins = item % S == S - 1
+                if joins:
+                    if SINGLE:
+                        given_up = wait(p_first + item - (S - 1), S, given_up_ptr, stamp)
+                    _join(
+                        x_ptr, argmax_ptr, dlogit_ptr, pool_ptr, stats_ptr, given_up, group, item // S, C, P, S,
+                        AVG, MAX, ACC, CHANNELS_LAST, BLOCK_C,
+                    )  # fmt: skip
+                    if SINGLE:
+                        mark(p_join + group * J + item // S, stamp)
         elif item < hidden_items:
             if SINGLE:
                 given_up = wait(p_first, first_items, given_up_ptr, stamp)
             _hidden_grad(
-                dpart_ptr, saved_ptr, dpre_ptr, given_up, group, item, N, H, J, K, ACTIVATION, SAMPLES, BLOCK_E
+                dpart_ptr,
+                saved_ptr,
+                dpre_ptr,
+                given_up,
+                group,
+                item,
+                N,
+                H,
+                first_items,
+                K,
+                ACTIVATION,
+                SAMPLES,
+                BLOCK_E,
             )
             if SINGLE:
                 if not given_up:  # who waits for it reads what the first phase has left, too
                     mark(p_hidden + group * hidden_items + item, stamp)
                 if (group == groups - 1) & (item == hidden_items - 1):
-                    given_up = wait(p_hidden, groups * hidden_items, given_up_ptr, stamp)
+                    # The slots of the joins lie behind those of the hidden layers.
+                    waits_for = groups * (hidden_items + (J if DIVIDED else 0))
+                    given_up = wait(p_hidden, waits_for, given_up_ptr, stamp)
                     if not given_up:
                         mark(p_all, stamp)
         elif SINGLE:
@@ -467,8 +494,9 @@ def gate_bwd_kernel(
             for p in range(i_s * CHUNK, tl.minimum(i_s * CHUNK + CHUNK, P), BLOCK_P):
                 o_p = p + tl.arange(0, BLOCK_P)
                 b_dx = load_tail_grad(
-                    dy_ptr, mask_ptr, dresidual_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P
-                )
+                    dy_ptr, mask_ptr, dresidual_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P,
+                    "evict_first",
+                )  # fmt: skip
                 b_dx = _channel_grad(b_dx, spatial_ptr, spatial_argmax_ptr, i_n, o_c, o_p, P, ACC)
                 if saved_ptr is not None:
                     b_dx *= b_gate[:, None]
@@ -477,12 +505,12 @@ def gate_bwd_kernel(
                     if MAX:
                         b_dx += tl.where(o_p[None, :] == b_argmax[:, None], b_dmax[:, None], 0.0)
                     if LP or LSE:
-                        b_x = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+                        b_x = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P, "evict_first")
                         if LP:
                             b_dx += b_dlp[:, None] * b_x
                         if LSE:
                             b_dx += b_dlse[:, None] * tl.exp(b_x - b_lse[:, None])
-                store_tile(b_dx, dx_ptr, i_n, c, p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+                store_tile(b_dx, dx_ptr, i_n, c, p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P, "evict_first")
 
 
 def gates(
@@ -531,7 +559,8 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]:
     """Launch the gate's backward: ``dx, dresidual, dw1, db1, dw2, db2``; behind a spatial gate with its scratch."""
     hidden = w1.shape[0]
-    scratch = scratch or _empty_scratch(x, hidden, pools, channel_plan(x, hidden))
+    plan = channel_plan(x, hidden, spatial is None and pools == AVERAGE)
+    scratch = scratch or _empty_scratch(x, hidden, pools, plan)
     channel = w1, w2, b2, saved, argmax, *scratch
     dweights = empty_dweights(w1, w2)
     dx, dresidual = launch_dx(
@@ -559,8 +588,8 @@ def _empty_scratch(x: Tensor, hidden: int, pools: int, plan: config.ChannelPlan)
     n, c, _, _ = x.shape
     stats = plan.splits * (1 + (pools & 1)) * c if plan.splits > 1 else 0
     computed = 2 + pool_count(pools) - kept_count(pools)
-    elements = n * (computed * c + (pool_count(pools) + plan.blocks) * hidden + stats)
-    slots = 2 + plan.groups * (plan.items + plan.hidden_items(hidden)) if plan.single_launch else 0
+    elements = n * (computed * c + (pool_count(pools) + plan.items) * hidden + stats)
+    slots = 2 + plan.groups * (plan.items + plan.hidden_items(hidden) + plan.joins) if plan.single_launch else 0
     return empty_scratch(x, elements, slots)
 
 
@@ -580,7 +609,7 @@ def launch_dx(
 ) -> tuple[Tensor, Tensor | None]:
     """Launch what reads full-size tensors: ``dx, dresidual``; ``channel``: what concerns the gate, if any."""
     n, c, h, w = x.shape
-    plan = channel_plan(x, hidden)
+    plan = channel_plan(x, hidden, spatial is None and pools == AVERAGE)
     dx = torch.empty_like(x)
     dresidual = torch.empty_like(x) if need_dresidual else None
     stamp = new_stamp()
@@ -612,7 +641,7 @@ def launch_dx(
             DIVIDED=plan.splits > 1,
             SAMPLES=plan.samples,
             BLOCK_H=plan.block_h,
-            BLOCK_E=config.HIDDEN_ELEMENTS,
+            BLOCK_E=plan.block_e(hidden),
             BLOCK_W=config.WEIGHT_BLOCK,
             **tile_options(x, plan.tile),
             num_stages=1,  # prefetching the weights spills

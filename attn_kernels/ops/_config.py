@@ -18,7 +18,9 @@ BYTE = 8
 # Bytes of x that a program of a launch in two phases reads at most where it can choose: what lies between the phases of
 # 264 programs, those of an H100, then stays within half of its L2 (dy, x and dx: 3 x 132 x 32 KB = 13 MB).
 ITEM_BYTES = 32 * 1024
-# Elements of a gate's hidden layer that a program adds up, over 16 blocks of channels at a time.
+# Tiles of x on their way at once, and one: what a program asks for ahead, by bytes an element.
+STAGES = {2: 4, 4: 3, 8: 1}
+# Elements of a gate's hidden layer that a program adds up at most.
 HIDDEN_ELEMENTS = 256
 # Channels, hidden units and samples at once of the gradients of a gate's weights: more spill beside the other phases.
 WEIGHT_BLOCK = 16
@@ -100,6 +102,7 @@ class ChannelPlan:
     groups: int
     lead: int
     block_h: int
+    stages: int
     single_launch: bool
 
     @property
@@ -116,6 +119,10 @@ class ChannelPlan:
         """Of a group, between the phases: they add up a hidden layer of ``elements`` a sample."""
         return cdiv(self.samples * elements, HIDDEN_ELEMENTS)
 
+    def block_e(self, elements: int) -> int:
+        """Elements of it that an item adds up."""
+        return min(max(next_power_of_2(self.samples * elements), 16), HIDDEN_ELEMENTS)
+
 
 @functools.lru_cache
 def channel_plan(
@@ -127,8 +134,9 @@ def channel_plan(
     channels_last: bool,
     multiprocessors: int,
     single_launch: bool = True,
+    a_thread: int = 32,
 ) -> ChannelPlan:
-    """For the channel gate, whose MLP has ``hidden`` units; 0 where there is none."""
+    """For the channel gate, whose MLP has ``hidden`` units, 0 where there is none; ``a_thread`` bytes of x a thread."""
     tile = plane_tile(n, c, p, itemsize, channels_last, multiprocessors, True)
     block_c, block_p, samples, splits = tile.block_c, tile.block_p, 1, 0
     if hidden and c > BYTE:
@@ -144,8 +152,7 @@ def channel_plan(
             block_c, splits = narrow_c, 1
             block_p = min(max(next_power_of_2(p), BYTE), max(TILE // block_c, 1))
     block_h = hidden_block(hidden, block_c)
-    # Several kernels in one need more registers: half as many bytes a thread.
-    tile = Tile.of(block_c, block_p, c if channels_last else p, itemsize, 32)
+    tile = Tile.of(block_c, block_p, c if channels_last else p, itemsize, a_thread)
     if hidden:
         # The products of 16 x 16, the least of the MLP's, spill in fewer than 4 warps, and with Triton 3.6 those of
         # several samples in fewer than 8, which a tile gets that has a vector for each of their threads.
@@ -156,11 +163,12 @@ def channel_plan(
     least = max(n * blocks * tiles // (4 * multiprocessors), 1)
     chunk = cdiv(tiles, splits or cdiv(tiles, min(most, least))) * block_p
     splits, groups = cdiv(p, chunk), cdiv(n, samples)
-    # Two programs a multiprocessor run at once; between the phases of a group lie the items of both of ``lead`` groups.
-    group_bytes = samples * c * p * itemsize
-    ahead = min(multiprocessors // (blocks * splits), 2 * multiprocessors * ITEM_BYTES // group_bytes)
-    lead = min(max(ahead, 1), groups)
-    return ChannelPlan(tile, samples, chunk, splits, blocks, groups, lead, block_h, single_launch)
+    # The first phase is as many groups ahead as three programs a multiprocessor do at once: they are done when the
+    # second gets there. What lies between the phases stays below half of what L2 holds.
+    lead = 3 * multiprocessors // cdiv(max(blocks * splits * ITEM_BYTES, samples * c * p * itemsize), ITEM_BYTES)
+    lead = min(max(lead, 1), groups)
+    stages = STAGES[itemsize] if chunk > block_p else 1
+    return ChannelPlan(tile, samples, chunk, splits, blocks, groups, lead, block_h, stages, single_launch)
 
 
 @functools.lru_cache

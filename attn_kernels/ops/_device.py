@@ -2,11 +2,15 @@
 
 A tile is [BLOCK_C, BLOCK_P], channels by pixels of one sample, in both layouts: which axis has the unit stride is the
 constexpr CHANNELS_LAST. The offset of a sample is 64 bits wide, within a sample 32 (see functional.is_fused), which
-saves a register an element. A pointer may be None: the kernel is compiled without it.
+saves a register an element. A pointer may be None: the kernel is compiled without it. EVICT is a tile's eviction policy
+in L2: "evict_first" for what the launch does not need again.
 """
 
 import triton
 import triton.language as tl
+
+# The default of EVICT. A plain string as a default is nothing that Triton 3.6 compiles.
+NORMAL = tl.constexpr("")
 
 
 @triton.jit
@@ -146,6 +150,7 @@ def store_tail(
     CHANNELS_LAST: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    EVICT: tl.constexpr = NORMAL,
 ):
     """Store ``act(y + residual)`` for the tile at channel c, pixel p of sample i_n; a bit an element for backward."""
     o_c = c + tl.arange(0, BLOCK_C)
@@ -154,12 +159,12 @@ def store_tail(
     sample = i_n * C * P
     offsets = tile_offsets(o_c, o_p, C, P, CHANNELS_LAST)
     if residual_ptr is not None:
-        y += tl.load(residual_ptr + sample + offsets, mask=m, other=0).to(y.dtype)
+        y += tl.load(residual_ptr + sample + offsets, mask=m, other=0, eviction_policy=EVICT).to(y.dtype)
     if RELU:
         if mask_ptr is not None:
             _store_mask(mask_ptr, y, i_n, c, p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
         y = tl.where(y <= 0, 0.0, y)
-    tl.store(y_ptr + sample + offsets, y, mask=m)
+    tl.store(y_ptr + sample + offsets, y, mask=m, eviction_policy=EVICT)
 
 
 @triton.jit
@@ -176,6 +181,7 @@ def load_tail_grad(
     CHANNELS_LAST: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    EVICT: tl.constexpr = NORMAL,
 ):
     """dy of a tile behind the ReLU, which is also the residual's gradient and is stored as such where it is wanted."""
     o_c = c + tl.arange(0, BLOCK_C)
@@ -183,23 +189,25 @@ def load_tail_grad(
     m = (o_c < C)[:, None] & (o_p < P)[None, :]
     sample = i_n * C * P
     offsets = tile_offsets(o_c, o_p, C, P, CHANNELS_LAST)
-    dy = tl.load(dy_ptr + sample + offsets, mask=m, other=0).to(ACC)
+    dy = tl.load(dy_ptr + sample + offsets, mask=m, other=0, eviction_policy=EVICT).to(ACC)
     if mask_ptr is not None:
         dy = tl.where(_load_mask(mask_ptr, i_n, c, p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P) != 0, dy, 0.0)
         if dresidual_ptr is not None:
-            tl.store(dresidual_ptr + sample + offsets, dy, mask=m)
+            tl.store(dresidual_ptr + sample + offsets, dy, mask=m, eviction_policy=EVICT)
     return dy
 
 
 @triton.jit
 def load_tile(
-    x_ptr, i_n, c, p, C, P, ACC: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
-):
+    x_ptr, i_n, c, p, C, P, ACC: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr, EVICT: tl.constexpr = NORMAL,
+):  # fmt: skip
     """x of the tile at channel c, pixel p of sample i_n; 0 outside."""
     o_c = c + tl.arange(0, BLOCK_C)
     o_p = p + tl.arange(0, BLOCK_P)
     m = (o_c < C)[:, None] & (o_p < P)[None, :]
-    return tl.load(x_ptr + i_n * C * P + tile_offsets(o_c, o_p, C, P, CHANNELS_LAST), mask=m, other=0).to(ACC)
+    pointers = x_ptr + i_n * C * P + tile_offsets(o_c, o_p, C, P, CHANNELS_LAST)
+    return tl.load(pointers, mask=m, other=0, eviction_policy=EVICT).to(ACC)
 
 
 @triton.jit
@@ -210,11 +218,15 @@ def load_elements(x_ptr, i_n, o_c, o_p, m, C, P, ACC: tl.constexpr, CHANNELS_LAS
 
 
 @triton.jit
-def store_tile(x, x_ptr, i_n, c, p, C, P, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+def store_tile(
+    x, x_ptr, i_n, c, p, C, P, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    EVICT: tl.constexpr = NORMAL,
+):  # fmt: skip
     o_c = c + tl.arange(0, BLOCK_C)
     o_p = p + tl.arange(0, BLOCK_P)
     m = (o_c < C)[:, None] & (o_p < P)[None, :]
-    tl.store(x_ptr + i_n * C * P + tile_offsets(o_c, o_p, C, P, CHANNELS_LAST), x, mask=m)
+    pointers = x_ptr + i_n * C * P + tile_offsets(o_c, o_p, C, P, CHANNELS_LAST)
+    tl.store(pointers, x, mask=m, eviction_policy=EVICT)
 
 
 @triton.jit

@@ -56,13 +56,9 @@ def tile_options(x: Tensor, tile: config.Tile) -> dict[str, int]:
     }
 
 
-def gate_options(plan: config.ChannelPlan) -> dict[str, int]:
-    """Triton's options for the forward of a channel gate.
-
-    With several samples a program the loads of ``pre``, which cross programs, are those of a loop that Triton would
-    prefetch by cp.async through L1, which the memory model does not order.
-    """
-    return {"num_stages": 1 if plan.samples > 1 else 3, "maxnreg": 128}
+# Triton's options for launches of a channel gate's items. What crosses programs must not be prefetched: cp.async may
+# take it through L1, which the memory model does not order.
+GATE_OPTIONS = {"num_stages": 1, "maxnreg": 128}
 
 
 def scale_options(x: Tensor, relu: bool) -> dict[str, int | None]:
@@ -75,11 +71,15 @@ def scale_options(x: Tensor, relu: bool) -> dict[str, int | None]:
     return {"maxnreg": limits.get(x.element_size()) if relu else None}
 
 
-def channel_plan(x: Tensor, hidden: int) -> config.ChannelPlan:
-    """For the channel gate of x."""
+def channel_plan(x: Tensor, hidden: int, averages: bool = False) -> config.ChannelPlan:
+    """For the channel gate of x; ``averages``: it pools averages alone, and there is no spatial gate behind it.
+
+    Averages leave a thread registers for 64 bytes of x; beside other pools, or the maps of a spatial gate, 64 spill.
+    """
     n, c, h, w = x.shape
+    a_thread = 64 if averages else 32
     return config.channel_plan(
-        n, c, h * w, hidden, x.element_size(), is_channels_last(x), multiprocessors(x), SINGLE_LAUNCH
+        n, c, h * w, hidden, x.element_size(), is_channels_last(x), multiprocessors(x), SINGLE_LAUNCH, a_thread
     )
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from attn_kernels.ops import _channel, _channel_bwd, _conv, _norm
 from attn_kernels.ops import _config as config
 from attn_kernels.ops._device import aligned, load_elements, load_tail_grad, load_tile, store_tail, update_running
-from attn_kernels.ops._launch import channel_plan, gate_options, pixel_tile, scale_options, tile_options
+from attn_kernels.ops._launch import GATE_OPTIONS, channel_plan, pixel_tile, scale_options, tile_options
 from attn_kernels.ops._library import (
     contiguous,
     dense,
@@ -122,8 +122,9 @@ def pools_kernel(
     LP: tl.constexpr,
     LSE: tl.constexpr,
     SINGLE: tl.constexpr,
-    DIVIDED: tl.constexpr,
+    JOINED: tl.constexpr,
     SAMPLES: tl.constexpr,
+    STAGES: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -147,13 +148,16 @@ def pools_kernel(
     else:
         J = tl.cdiv(C, BLOCK_C)
         pool_ptr = _channel.pool_pointer(saved_ptr, N, H, K)
+        first_items = J * S
+        parts = first_items
+        if JOINED:
+            parts = J
         part_ptr, stats_ptr, arg_ptr = _channel.forward_pointers(
-            scratch_ptr + tl.cast(N, tl.int64) * C, N, C, H, J, S, K, MAX
+            scratch_ptr + tl.cast(N, tl.int64) * C, N, C, H, parts, S, K, MAX
         )
         # In the second phase the hidden layer comes first, then the gates, a block of channels an item.
         hidden_items = tl.cdiv(SAMPLES * K * H, BLOCK_E)
         ahead = hidden_items + J
-        first_items = J * S
         second_items = ahead + SAMPLES * blocks
         p_first = None
         given_up_ptr = None
@@ -168,15 +172,15 @@ def pools_kernel(
         if not second:
             _channel.squeeze(
                 x_ptr, w1_ptr, stats_ptr, arg_ptr, pool_ptr, argmax_ptr, part_ptr, p_first, given_up_ptr, stamp, phase,
-                group, item, N, C, P, H, S, CHUNK, AVG, MAX, LP, LSE, False, part_ptr.dtype.element_ty, DIVIDED,
-                SAMPLES, CHANNELS_LAST, BLOCK_C, BLOCK_P, BLOCK_H,
+                group, item, N, C, P, H, S, CHUNK, AVG, MAX, LP, LSE, False, part_ptr.dtype.element_ty, JOINED,
+                SAMPLES, STAGES, CHANNELS_LAST, BLOCK_C, BLOCK_P, BLOCK_H,
             )  # fmt: skip
             if SINGLE:
                 mark(p_first + item, stamp)
         elif item < hidden_items:
             if SINGLE:
                 given_up = wait(p_first, first_items, given_up_ptr, stamp)
-            _channel.hidden_layer(part_ptr, b1_ptr, saved_ptr, given_up, group, item, N, H, J, K, SAMPLES, BLOCK_E)
+            _channel.hidden_layer(part_ptr, b1_ptr, saved_ptr, given_up, group, item, N, H, parts, K, SAMPLES, BLOCK_E)
             if SINGLE:
                 mark(p_second + item, stamp)
         elif item < ahead:
@@ -380,11 +384,12 @@ def _forward(
     channel_pools, parts = z.new_empty((n, 2, h, w)), z.new_empty((3, _conv.programs(x, conv_weight)))
     saved = argmax = scratch = slots = None
     phases = {"parts": grid[0], "join": 0}
+    joined = _channel.is_joined(hidden, pools, plan)
     if w1 is not None:
         saved, argmax = _channel.empty_saved(x, hidden, pools)
         phases = {
             "parts": plan.groups * plan.items,
-            "join": plan.groups * plan.joins,
+            "join": plan.groups * plan.blocks if joined else 0,
             "hidden": plan.groups * plan.hidden_items(_channel.pool_count(pools) * hidden),
             "gates": plan.groups * plan.blocks,
             "rest": plan.groups * plan.samples * grid[0] // n,
@@ -417,15 +422,16 @@ def _forward(
             plan.chunk,
             **_channel.pool_flags(pools),
             SINGLE=plan.single_launch,
-            DIVIDED=plan.splits > 1,
+            JOINED=joined,
             SAMPLES=plan.samples,
+            STAGES=plan.stages,
             BLOCK_H=plan.block_h,
-            BLOCK_E=config.HIDDEN_ELEMENTS,
+            BLOCK_E=plan.block_e(_channel.pool_count(pools) * hidden),
             # In as many warps as the other phases: no more elements of x at once than they hold.
             POOL_C=min(tile.block_c, max(plan.tile.block_c * plan.tile.block_p // tile.block_p, 1)),
             POOL_P=tile.block_p,
             **tile_options(x, plan.tile),
-            **gate_options(plan),
+            **GATE_OPTIONS,
         )
     _conv.forward(x, channel_pools, parts, conv_weight, z)
     y, mask = torch.empty_like(x), empty_mask(x, relu and save)

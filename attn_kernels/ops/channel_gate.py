@@ -19,14 +19,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attn_kernels.ops import _config as config
 from attn_kernels.ops._channel import (
+    AVERAGE,
     empty_dweights,
     empty_saved,
     excite,
     forward_pointers,
     get_row,
     hidden_layer,
+    is_joined,
     pool_bits,
     pool_count,
     pool_flags,
@@ -36,7 +37,7 @@ from attn_kernels.ops._channel import (
 )
 from attn_kernels.ops._channel_bwd import backward
 from attn_kernels.ops._device import aligned, load_tile, store_tail
-from attn_kernels.ops._launch import channel_plan, gate_options, tile_options
+from attn_kernels.ops._launch import GATE_OPTIONS, channel_plan, tile_options
 from attn_kernels.ops._library import (
     contiguous,
     empty_mask,
@@ -92,8 +93,9 @@ def channel_gate_kernel(
     GATE: tl.constexpr,
     RELU: tl.constexpr,
     SINGLE: tl.constexpr,
-    DIVIDED: tl.constexpr,
+    JOINED: tl.constexpr,
     SAMPLES: tl.constexpr,
+    STAGES: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -127,20 +129,23 @@ def channel_gate_kernel(
         pre_ptr = saved_ptr
         if LP or LSE:
             pool_ptr = pool_pointer(saved_ptr, N, H, K)
-    part_ptr, stats_ptr, arg_ptr = forward_pointers(scratch_ptr, N, C, H, J, S, K, MAX)
+    parts = first_items
+    if JOINED:
+        parts = J
+    part_ptr, stats_ptr, arg_ptr = forward_pointers(scratch_ptr, N, C, H, parts, S, K, MAX)
     given_up = phase < 0  # no
     if not second:
         squeeze(
             x_ptr, w1_ptr, stats_ptr, arg_ptr, pool_ptr, argmax_ptr, part_ptr, p_first, given_up_ptr, stamp, phase,
-            group, item, N, C, P, H, S, CHUNK, AVG, MAX, LP, LSE, False, part_ptr.dtype.element_ty, DIVIDED, SAMPLES,
-            CHANNELS_LAST, BLOCK_C, BLOCK_P, BLOCK_H,
+            group, item, N, C, P, H, S, CHUNK, AVG, MAX, LP, LSE, False, part_ptr.dtype.element_ty, JOINED, SAMPLES,
+            STAGES, CHANNELS_LAST, BLOCK_C, BLOCK_P, BLOCK_H,
         )  # fmt: skip
         if SINGLE:
             mark(p_first + item, stamp)
     elif item < hidden_items:
         if SINGLE:
             given_up = wait(p_first, first_items, given_up_ptr, stamp)
-        hidden_layer(part_ptr, b1_ptr, pre_ptr, given_up, group, item, N, H, J, K, SAMPLES, BLOCK_E)
+        hidden_layer(part_ptr, b1_ptr, pre_ptr, given_up, group, item, N, H, parts, K, SAMPLES, BLOCK_E)
         if SINGLE:
             mark(p_hidden + item, stamp)
     else:
@@ -156,9 +161,12 @@ def channel_gate_kernel(
             i_n = tl.cast(group * SAMPLES + row, tl.int64)
             b_gate = get_row(b_gates, row)
             for p in range(i_s * CHUNK, tl.minimum(i_s * CHUNK + CHUNK, P), BLOCK_P):
-                b_x = load_tile(x_ptr, i_n, c, p, C, P, b_gate.dtype, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+                b_x = load_tile(x_ptr, i_n, c, p, C, P, b_gate.dtype, CHANNELS_LAST, BLOCK_C, BLOCK_P, "evict_first")
                 b_y = b_x * b_gate[:, None]
-                store_tail(b_y, y_ptr, residual_ptr, mask_ptr, i_n, c, p, C, P, RELU, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+                store_tail(
+                    b_y, y_ptr, residual_ptr, mask_ptr, i_n, c, p, C, P, RELU, CHANNELS_LAST, BLOCK_C, BLOCK_P,
+                    "evict_first",
+                )  # fmt: skip
 
 
 def _launch_forward(
@@ -178,16 +186,16 @@ def _launch_forward(
 ) -> Tensor:
     n, c, h, w = x.shape
     hidden, k = w1.shape[0], pool_count(pools)
-    plan = channel_plan(x, hidden)
+    plan = channel_plan(x, hidden, pools == AVERAGE)
     y = torch.empty_like(x)
     hidden_items = plan.groups * plan.hidden_items(k * hidden)
     parts = plan.groups * plan.items
     size = scratch_size(x, hidden, pools, plan) + (n * k * hidden if saved is None else 0)
     scratch, slots = empty_scratch(x, size, 1 + parts + hidden_items if plan.single_launch else 0)
     stamp = new_stamp()
-    for phase, programs in launches(
-        plan.single_launch, parts, plan.groups * plan.joins, hidden=hidden_items, rest=parts
-    ):
+    joined = is_joined(hidden, pools, plan)
+    joins = plan.groups * plan.blocks if joined else 0
+    for phase, programs in launches(plan.single_launch, parts, joins, hidden=hidden_items, rest=parts):
         channel_gate_kernel[(programs,)](
             x,
             residual,
@@ -216,12 +224,13 @@ def _launch_forward(
             GATE=gate_name,
             RELU=relu,
             SINGLE=plan.single_launch,
-            DIVIDED=plan.splits > 1,
+            JOINED=joined,
             SAMPLES=plan.samples,
+            STAGES=plan.stages,
             BLOCK_H=plan.block_h,
-            BLOCK_E=config.HIDDEN_ELEMENTS,
+            BLOCK_E=plan.block_e(k * hidden),
             **tile_options(x, plan.tile),
-            **gate_options(plan),
+            **GATE_OPTIONS,
         )
     return y
 

@@ -1,0 +1,267 @@
+"""The model of time: what it reads from machine code, what it takes programs to do, and how they share a machine."""
+
+import csv
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import attn_kernels
+from benchmarks import time
+from benchmarks.__main__ import main
+from benchmarks.check import LAYOUTS
+from benchmarks.machine_code import MachineCode
+from benchmarks.meter import Launch, meter
+from benchmarks.record import Place, Recorded, Step, recording
+from benchmarks.sass import Line, stretches
+from benchmarks.simulator import MACHINES, Simulator
+from benchmarks.time import RESULTS, Case, Time
+
+pytestmark = pytest.mark.usefixtures("single_launch")
+
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")
+H100 = MACHINES["H100"]
+SOURCE = (Line("kernel.py", 7),)
+
+
+class TestStretches:
+    """Of SASS as nvdisasm prints it."""
+
+    @staticmethod
+    def parse(*lines):
+        code = []
+        for at, line in enumerate(lines):
+            is_code = not line.startswith((".L", "line"))
+            number = line.removeprefix("line ")
+            note = f'\t//## File "/x/kernel.py", line {number}'
+            code.append(f"        /*{at:04x}*/    {line} ;" if is_code else line if line.startswith(".L") else note)
+        return stretches("\n".join(code))
+
+    def test_loads_are_in_flight_until_one_is_needed(self):
+        loop = ".L_x_1:", "LDG.E.128 R4, desc[UR6][R2.64]", "LDG.E.64 R8, desc[UR6][R2.64]"
+        end = "FADD R10, R4, R8", "@!P0 BRA `(.L_x_1)", "EXIT"
+        (together, rest) = self.parse(*loop, *end)
+        (in_turn, _) = self.parse(*loop[:2], "FADD R9, R4, R4", loop[2], *end)
+        assert (together.is_loop, together.loaded, together.in_flight) == (True, 24, 24)
+        assert (in_turn.loaded, in_turn.in_flight) == (24, 16)
+        assert not rest.is_loop
+        assert rest.loaded == 0
+
+    def test_a_turn_may_load_for_the_next(self):
+        load, use = "LDG.E.128 R4, desc[UR6][R2.64]", "FADD R10, R4, R8"
+        (ahead, _) = self.parse(".L_x_1:", use, load, "@!P0 BRA `(.L_x_1)", "EXIT")
+        assert ahead.in_flight == 16
+
+    def test_cp_async_has_the_groups_in_flight_that_are_not_waited_for(self):
+        turn = "LDGSTS.E.BYPASS.128 [R35], desc[UR6][R20.64]", "LDGDEPBAR"
+        (loop, _) = self.parse(".L_x_1:", "DEPBAR.LE SB0, 0x2", *turn, "@!P0 BRA `(.L_x_1)", "EXIT")
+        assert loop.is_async
+        assert (loop.loaded, loop.in_flight) == (16, 3 * 16)
+
+    def test_the_innermost_loop_that_accesses_memory(self):
+        inner = ".L_x_2:", "STG.E.EF.128 desc[UR4][R2.64], R16", "@P1 BRA `(.L_x_2)"
+        before, loop, after = self.parse(
+            ".L_x_1:", "line 3", "LDG.E R4, desc[UR6][R2.64]", "line 7", *inner, "@P0 BRA `(.L_x_1)"
+        )
+        assert [s.is_loop for s in (before, loop, after)] == [False, True, False]
+        assert (loop.stored, loop.evict_first, loop.accesses) == (16, {"store"}, {Line("kernel.py", 7)})
+        assert before.accesses == {Line("kernel.py", 3)}
+
+    def test_counts_what_is_issued(self):
+        (code,) = self.parse("MUFU.EX2 R4, R5", "FADD R4, R4, R4", "LDS.128 R8, [R2]", "BAR.SYNC 0x0", "EXIT")
+        assert (code.instructions, code.issue, code.barriers) == (5, 8 + 1 + 16 + 1 + 1, 1)
+
+
+def code(in_flight=16, warps=4, registers=128, is_async=False):
+    """The machine code of a loop that loads and stores 16 bytes a thread in each turn."""
+    text = '\t//## File "/x/kernel.py", line 7\n.L_x_1:\n'
+    text += "".join(f"/*0000*/ LDG.E.128 R{4 * i + 8}, desc[UR6][R2.64] ;\n" for i in range(in_flight // 16))
+    text += "/*0010*/ STG.E.128 desc[UR6][R2.64], R8 ;\n/*0020*/ @P0 BRA `(.L_x_1) ;\n"
+    return MachineCode(registers, 0, 0, 0, warps, 0, (), None, tuple(stretches(text)))
+
+
+class TestSimulator:
+    @pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES)
+    def test_a_long_copy_reaches_the_bandwidth(self, machine):
+        """Less its ends and what 8 programs a multiprocessor, 16 KB each, cannot keep in flight."""
+        simulator = Simulator(machine)
+        simulator.copy(100_000_000)
+        assert 0.9 < 100_000 / machine.dram / simulator.now < 1
+
+    @staticmethod
+    def launch(programs, order, machine=H100, **kwargs):
+        simulator = Simulator(machine)
+        recorded = Recorded("kernel", 1, [tuple(program) for program in programs], [(i, Place(0, 0)) for i in order])
+        simulator.launch(recorded, code(**kwargs))
+        return simulator
+
+    def test_more_in_flight_takes_less_time(self):
+        loads = [Step("load", SOURCE, 2048, 2048, sectors=None) for _ in range(64)]
+        slow, fast = (self.launch([loads], [0] * 132, in_flight=size).now for size in (16, 64))
+        assert slow > 2.5 * fast
+
+    def test_who_waits_goes_on_a_hop_behind_the_signal(self):
+        early, late = (Step(kind, SOURCE, slots=(8,)) for kind in ("signal", "wait"))
+        quick = self.launch([[early], [late]], [0, 1])
+        slow = self.launch([[early], [late]], [0, 1], replace(H100, hop=H100.hop + 5))
+        assert slow.now - quick.now == pytest.approx(5)
+        assert slow.waiting > quick.waiting > 0
+
+    def test_programs_that_wait_for_what_never_comes_are_an_error(self):
+        with pytest.raises(RuntimeError, match="never comes"):
+            self.launch([[Step("wait", SOURCE, slots=(8,))]], [0])
+
+    def test_an_operator_of_pytorch_is_its_bytes_and_its_launch(self):
+        simulator = Simulator(H100)
+        simulator.operator(0, 4)
+        assert simulator.now == pytest.approx(H100.gap + H100.kernel, rel=0.01)
+        simulator.operator(27_000_000, 0)
+        assert simulator.now == pytest.approx(2 * H100.gap + H100.kernel + 10, rel=0.01)
+
+
+@interpreted
+class TestRecorded:
+    """A few programs run without data stand for all of them."""
+
+    CASES = (
+        ("SE", (5, 40, 20, 20)),
+        ("SE", (40, 64, 7, 7)),
+        ("ChannelGate", (3, 40, 20, 20)),
+        ("CBAM", (3, 40, 20, 20)),
+        ("SimAM", (3, 40, 24, 24)),
+        ("BAM", (3, 32, 20, 20)),
+    )
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize(("name", "shape"), CASES)
+    def test_moves_what_the_whole_launch_moves(self, name, shape, layout, monkeypatch):
+        """Loads and stores by launch, but for the polls of those who wait, as the meter counts them."""
+        multiprocessors = 4
+        for module in [m for m in map(vars, time_modules()) if "multiprocessors" in m]:
+            monkeypatch.setitem(module, "multiprocessors", lambda x: multiprocessors)
+
+        def train(device, watch):
+            with torch.device(device):
+                module = getattr(attn_kernels, name)(*(() if name == "SimAM" else (shape[1],)))
+                x = torch.ones(shape, dtype=torch.float16).to(memory_format=LAYOUTS[layout]).requires_grad_()
+            with watch() as forward:
+                y = module(x)
+            with watch() as backward:
+                torch.autograd.grad(y, [x, *module.parameters()], torch.ones_like(y))
+            return forward, backward
+
+        whole = [launch for traffic in train("cpu", meter) for launch in traffic.per_launch]
+        few = [launch for found in train("meta", lambda: recording(multiprocessors, shape)) for launch in found]
+        assert [launch.name for launch in few] == [launch.name for launch in whole]
+        for launch, counted in zip(few, whole, strict=True):
+            if isinstance(launch, Launch):
+                assert (launch.loaded, launch.stored) == (counted.loaded, counted.stored)
+                continue
+            sums, slots = {"load": 0, "store": 0}, 0
+            for i, _ in launch.order:
+                for step in launch.programs[i]:
+                    slots += 8 * len(step.slots)  # atomics, which load and store
+                    if step.source[0].file != "_phases.py" and step.kind in sums:
+                        sums[step.kind] += step.bytes
+            # The weights' gradients, and a convolution's pixels at the edges of maps, are taken to be alike.
+            assert counted.stored - slots == pytest.approx(sums["store"], rel=0.01), launch.name
+            assert counted.loaded - slots == pytest.approx(sums["load"], rel=0.03, abs=8 * len(launch.order))
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_addresses_are_those_of_every_element_of_x(self, layout):
+        """Once for the pools and once for y, whose elements are all written."""
+        shape = (6, 40, 24, 24)
+        with torch.device("meta"):
+            module = attn_kernels.SE(40)
+            x = torch.empty(shape, dtype=torch.float16).to(memory_format=LAYOUTS[layout])
+        with recording(4, shape) as launches, torch.no_grad():
+            module(x)
+        (launch,) = launches
+        touched = {"load": [], "store": []}
+        for i, place in launch.order:
+            for step in launch.programs[i]:
+                if step.sectors is not None:
+                    shift = sum(map(math.prod, zip(step.shifts, place[1:], strict=True)))
+                    assert shift % 32 == 0
+                    touched[step.kind] += (step.sectors + shift // 32).tolist()
+        sectors = math.prod(shape) * 2 // 32
+        assert len(set(touched["load"])) == len(set(touched["store"])) == sectors
+        assert sectors * 2 <= len(touched["load"]) <= sectors * 2.1  # tiles may share a sector at their edges
+
+
+def time_modules():
+    from benchmarks.machine_code import ops
+
+    return ops()
+
+
+class TestCommand:
+    @pytest.fixture(scope="class")
+    def out(self, tmp_path_factory):
+        path = tmp_path_factory.mktemp("time") / "time.csv"
+        selection = ("--ops", "SE", "--maps", "64x14x14", "--batches", "4", "--layouts", "channels_last")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRITON_INTERPRET", "1")  # as it is in tests; the command takes it away and gives it back
+            assert main(("time", *selection, "--jobs", "1", "--output", str(path))) == 0
+        return path
+
+    def test_every_row_says_that_it_is_a_model(self, out):
+        with out.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [row["pass"] for row in rows] == ["forward", "backward"]
+        assert {row["kind"] for row in rows} == {"MODEL"}
+        for row in rows:
+            assert 0 < float(row["copy_us"]) < float(row["us"]) < 100
+            assert float(row["share"]) == pytest.approx(float(row["copy_us"]) / float(row["us"]), rel=1e-2)
+            assert int(row["launches"]) == 1
+            assert row["commit"]
+        assert out.with_suffix(".png").stat().st_size > 10_000
+
+    def test_refuses_a_map_that_is_none(self, capsys):
+        with pytest.raises(SystemExit):
+            main(("time", "--maps", "64x14"))
+        assert "expected CxHxW, got 64x14" in capsys.readouterr().err
+
+
+class TestTable:
+    case = Case("SE", (32, 256, 56, 56), "channels_last", "H100")
+
+    def test_says_model_and_marks_what_is_slower_than_torch_compile(self):
+        from rich.console import Console
+
+        passes = [Time(80.0, 40.0, 60.0, None, 1.0, 1, 0.1), Time(50.0, 40.0, 60.0, 90.0, 2.0, 1, 0.1)]
+        console = Console(width=160, record=True, force_terminal=True)
+        console.print(time.table([(self.case, passes)]))
+        text = console.export_text(styles=True)
+        assert "MODEL" in text
+        assert "\x1b[31m80.0" in text
+        assert "\x1b[31m50.0" not in text
+        assert "80%" in text
+
+    def test_pessimistic_is_slower(self):
+        pessimistic = self.case._replace(pessimistic=True).model
+        assert pessimistic.hop > H100.hop
+        assert pessimistic.l2 < H100.l2
+        assert Case("SE", (1, 8, 8, 8), "contiguous", "A100", True).model.l2 == MACHINES["A100"].l2
+
+    def test_torch_compile_moves_what_traffic_says(self):
+        """3 readings and writings of x, at nine tenths of a copy's speed, and its launches."""
+        case = self.case._replace(layout="contiguous")
+        us = time._others(case, "compile", "forward", 2 * case.bytes, H100)
+        assert us == pytest.approx(
+            3.01 * case.bytes / 1000 / 0.9 / H100.dram + 5 * H100.gap + 2 * H100.kernel, rel=0.02
+        )
+        small = case._replace(shape=(1, 256, 56, 56))
+        assert time._others(small, "compile", "forward", 2 * small.bytes, H100) < us / 5
+
+
+def test_record_is_of_every_operator():
+    """Of ResNet-50's stages at batch 32, both layouts."""
+    with (RESULTS / "time.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    places = {(row["op"], row["shape"], row["layout"], row["pass"]) for row in rows if row["machine"] == "H100"}
+    stages = [f"32x{'x'.join(map(str, stage.map))}" for stage in time.STAGES.values()]
+    expected = {(op, s, layout, d) for op in time.OPS for s in stages for layout in LAYOUTS for d in time.DIRECTIONS}
+    assert expected <= places
+    assert {row["kind"] for row in rows} == {"MODEL"}
