@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+import attn_kernels
 from benchmarks.cache import SECTOR_BITS
 from benchmarks.machine_code import launching_on_meta, ops
 from benchmarks.meter import AtenMeter, Launch, Traffic
@@ -32,9 +33,9 @@ from benchmarks.sass import Line
 # The interpreter is imported inside functions: Triton has to be imported after TRITON_INTERPRET is set.
 
 
-# Phases of a launch of work items: the two of groups of samples, their hidden layers between, that of the last group,
-# which may do more; and the weights' gradients.
-FIRST, SECOND, HIDDEN, LAST_HIDDEN, WEIGHTS = range(5)
+# Phases of a launch of work items: those that groups of samples go through; the hidden layer of the last group, which
+# may do more; the weights' gradients.
+FIRST, HIDDEN, GATES, SECOND, LAST_HIDDEN, WEIGHTS = range(6)
 
 
 class Step(NamedTuple):
@@ -61,6 +62,7 @@ class Place(NamedTuple):
 
 Program = tuple[Step, ...]
 FEW = 40  # programs that are all run
+KERNELS = Path(attn_kernels.__file__).parent / "ops"
 
 
 @dataclass
@@ -109,8 +111,8 @@ class _Memory:
         return torch.empty(0, dtype=value.dtype).set_(self._real[storage._cdata][1], *place)
 
     def has_pixels(self, t: Tensor) -> bool:
-        """Whether it is like x, maps, or the bits of the ReLU."""
-        return t.numel() * 8 >= self._pixels and t.numel() * 8 % self._pixels == 0 and t.dim() != 2
+        """Whether it is like x, maps (some with a little behind them), or the bits of the ReLU."""
+        return t.dim() != 2 and t.numel() * 8 >= self._pixels and t.numel() * 8 % self._pixels <= 32
 
 
 class _Recorder:
@@ -152,21 +154,30 @@ class _Recorder:
         with patch.object(GridExecutor, "__call__", self._call):
             order = work_order(items, groups, lead, first, second, ahead)
         parts = int(self._arguments["S"])
+        blocks, hidden, rows = first // parts, ahead, (first // parts, parts)
+        if "POOL_P" in self._arguments:  # the pools over channels: gates, then pixels of one sample after another
+            samples = int(self._arguments["SAMPLES"])
+            hidden, rows = ahead - blocks, (samples, (second - ahead) // samples)
         sizes = {
-            FIRST: (first // parts, parts),
-            SECOND: ((second - ahead) // parts, parts),
-            HIDDEN: (1, ahead),
+            FIRST: (blocks, parts),
+            HIDDEN: (1, hidden),
+            GATES: (1, ahead - hidden),
+            SECOND: rows,
             LAST_HIDDEN: (1, 1),
             WEIGHTS: (1, 1),
         }
         places = []
         for is_second, group, item in order.T.tolist():
-            if is_second and item < ahead:
-                is_last = (group, item) == (groups - 1, ahead - 1)
-                places.append(Place(LAST_HIDDEN, 0) if is_last else Place(HIDDEN, group, 0, item))
+            if not is_second:
+                places.append(Place(FIRST, group, *divmod(item, parts)))
+            elif item >= ahead:
+                places.append(Place(SECOND, group, *divmod(item - ahead, rows[1])))
+            elif item >= hidden:
+                places.append(Place(GATES, group, 0, item - hidden))
+            elif (group, item) == (groups - 1, hidden - 1):
+                places.append(Place(LAST_HIDDEN, 0))
             else:
-                phase = SECOND if is_second else FIRST
-                places.append(Place(phase, group, *divmod(item - ahead * is_second, parts)))
+                places.append(Place(HIDDEN, group, 0, item))
         # All alike, and they touch nothing that has pixels.
         places += [Place(WEIGHTS, 0)] * (self._count - items)
         return self._record_places(groups, places, sizes)
@@ -180,12 +191,14 @@ class _Recorder:
             blocks, parts = sizes[place.phase]
             like = place
             if len(places) > FEW:
-                like = place._replace(group=0, block=_like(place.block, blocks), part=_like(place.part, parts))
+                # The last group may have fewer samples.
+                group = place.group if place.group == groups - 1 else 0
+                like = Place(place.phase, group, _like(place.block, blocks), _like(place.part, parts))
             if like not in made:
                 made[like] = len(launch.programs)
                 # The next of its kind, where there is one.
                 next_ones = (
-                    like._replace(group=1),
+                    like._replace(group=like.group + 1),
                     like._replace(block=2 if like.block == 1 and blocks > 3 else -1),
                     like._replace(part=2 if like.part == 1 and parts > 3 else -1),
                 )
@@ -236,7 +249,7 @@ class _Recorder:
         """The lines that are being interpreted."""
         lines, frame = [], sys._getframe(1)
         while frame.f_code is not self._call.__code__:
-            if "/attn_kernels/" in frame.f_code.co_filename:
+            if Path(frame.f_code.co_filename).parent == KERNELS:
                 lines.append(Line(Path(frame.f_code.co_filename).name, frame.f_lineno))
             frame = frame.f_back
         return tuple(lines)

@@ -100,7 +100,8 @@ class _Instruction(NamedTuple):
     @property
     def read(self) -> set[int]:
         """The registers that are read, of wide operands the first."""
-        return {*(self.registers if self.name in ("STG", "STS") else self.registers[1:])}
+        writes = re.match(r"R\d", self.operands) and self.name not in ("STG", "STS")
+        return {*(self.registers[1:] if writes else self.registers)}
 
 
 _INSTRUCTION = re.compile(r"^\s*/\*\w+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)\s*(.*?)\s*;?\s*$")

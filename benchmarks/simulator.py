@@ -33,7 +33,7 @@ class Machine:
     l2_bytes: int  # that hold data: half of the nominal, as in benchmarks.traffic
     dram: float
     l2: float
-    port: float  # of a multiprocessor to L2, each way: 64 bytes per clock
+    port: float  # of a multiprocessor to L2, each way: 0.8 to 0.94 of 64 bytes per clock
     clock: float  # in GHz
     dram_latency: float = 0.75
     l2_latency: float = 0.32
@@ -71,7 +71,6 @@ class Simulator:
         self.machine = machine
         self.now = 0.0
         self.cache = Cache(machine.l2_bytes)
-        self.fetched = 0  # bytes, from DRAM
         self._waited = self._resided = 0.0  # programs, for others, and in all
         self._dram = self._l2 = 0.0  # until when they are busy
         count = machine.architecture.multiprocessors
@@ -95,7 +94,7 @@ class Simulator:
         """A kernel; of ``groups`` groups of samples alone, if it goes group by group."""
         kernel = _Kernel(code, self.machine)
         order = recorded.order
-        if groups is not None and recorded.groups:
+        if groups is not None and 0 < groups < recorded.groups:
             # Without what waits for all groups: the weights' gradients, and who tells them to begin.
             order = [(i, place) for i, place in order if place.group < groups and place.phase <= HIDDEN]
         self._set.clear()
@@ -231,12 +230,11 @@ class Simulator:
                 at = max(issued, number)
                 while at < len(steps):
                     ahead = steps[at]
-                    if ahead.kind in ("wait", "signal") or (
-                        ahead.kind == "load" and kernel.stretch(ahead) is not stretch
-                    ):
+                    if ahead.kind in ("wait", "signal") or kernel.polls(ahead):
                         break
                     if ahead.kind == "load":
-                        if at != number and in_flight + ahead.tile_bytes > limit:
+                        is_full = at != number and in_flight + ahead.tile_bytes > limit
+                        if is_full or kernel.stretch(ahead) is not stretch:
                             break
                         there = self._read(sm, ahead.bytes / 1000, self._touch(kernel, ahead, place) / 1000)
                         arrivals.append((at, there, ahead.tile_bytes))
@@ -260,7 +258,6 @@ class Simulator:
         stretch = kernel.stretch(step)
         evict_first = step.evict_first and stretch is not None and step.kind in stretch.evict_first
         self.cache.touch(sectors, loads=loads, stores=not loads, evict_first=evict_first)
-        self.fetched += self.cache.fetched - before
         return self.cache.fetched - before
 
 

@@ -38,7 +38,8 @@ from benchmarks.simulator import MACHINES, PESSIMISTIC, Machine, Simulator
 from benchmarks.traffic import DIRECTIONS, STAGES
 
 RESULTS = Path(__file__).parent / "results"
-# Of batches beyond the last, the time grows with each sample as from the first to the last.
+# Of a batch above WHOLE: the time of WHOLE samples, and for each more what a sample costs between BEFORE and WHOLE. The
+# weights' gradients, which wait for all samples, are left out then.
 WHOLE, BEFORE = 96, 48
 COPIED = 128_000_000  # bytes of a copy that are simulated, likewise
 OF_A_COPY = 0.9  # the speed of torch.compile's and eager's kernels
@@ -136,10 +137,11 @@ def run(arguments: argparse.Namespace) -> int:
     cases = [Case(op, (n, *m), layout, machine, arguments.pessimistic) for machine, op, n, m, layout in selection]
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     codes: dict[Case, list[list[MachineCode]]] = {}
-    times: dict[Case, list[Time]] = {}
+    timed: dict[Case, list[Time]] = {}
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         # Kernels are compiled and interpreted in different processes: Triton chooses when it is imported.
-        for interpret, work, results in ((False, compiled, codes), (True, _time, times)):
+        before = os.environ.get("TRITON_INTERPRET")
+        for interpret, work, results in ((False, compiled, codes), (True, _time, timed)):
             os.environ.pop("TRITON_INTERPRET", None)
             if interpret:
                 os.environ["TRITON_INTERPRET"] = "1"
@@ -153,7 +155,10 @@ def run(arguments: argparse.Namespace) -> int:
             if interpret and arguments.sensitivity:
                 with ProcessPoolExecutor(1, spawn) as pool:
                     found = pool.submit(sensitivity, cases[0], codes[cases[0]]).result()
-    rows = [(case, times[case]) for case in cases]
+        os.environ.pop("TRITON_INTERPRET", None)
+        if before is not None:
+            os.environ["TRITON_INTERPRET"] = before
+    rows = [(case, timed[case]) for case in cases]
     console.print(table(rows))
     if arguments.sensitivity:
         console.print(sensitivity_table(cases[0], found))
@@ -211,27 +216,31 @@ def times(case: Case, codes: list[list[MachineCode]], machine: Machine) -> list[
         others = [_others(case, provider, DIRECTIONS[i], floor, machine) for provider in ("compile", "eager")]
         us, simulator = _simulate(case, launches, code, machine)
         copy_us = copy(machine, int(floor))
-        found.append(Time(us, copy_us, *others, simulator.fetched / case.bytes, len(launches), simulator.waiting))
+        found.append(Time(us, copy_us, *others, simulator.cache.fetched / case.bytes, len(launches), simulator.waiting))
     return found
 
 
 def _simulate(case: Case, launches: list, codes: list[MachineCode], machine: Machine) -> tuple[float, Simulator]:
     def simulated(samples: int | None) -> Simulator:
-        simulator, rest = Simulator(machine), iter(codes)
+        simulator, kernels = Simulator(machine), 0
         for launch in launches:
             if isinstance(launch, Launch):
                 simulator.operator(launch.loaded, launch.stored)
             else:
                 groups = samples and -(-launch.groups * samples // case.shape[0])
-                simulator.launch(launch, next(rest), groups)
+                simulator.launch(launch, codes[kernels], groups)
+                kernels += 1
+        if kernels != len(codes):
+            raise RuntimeError(f"{case} launches {kernels} kernels, of which {len(codes)} were compiled")
         return simulator
 
     if (n := case.shape[0]) <= WHOLE:
         simulator = simulated(None)
         return simulator.now, simulator
     whole, before = simulated(WHOLE), simulated(BEFORE)
-    whole.fetched += (whole.fetched - before.fetched) * (n - WHOLE) // (WHOLE - BEFORE)
-    return whole.now + (whole.now - before.now) * (n - WHOLE) / (WHOLE - BEFORE), whole
+    more = (n - WHOLE) / (WHOLE - BEFORE)
+    whole.cache.fetched += round((whole.cache.fetched - before.cache.fetched) * more)
+    return whole.now + (whole.now - before.now) * more, whole
 
 
 @cache
@@ -243,10 +252,9 @@ def copy(machine: Machine, size: int) -> float:
 
 
 def _others(case: Case, provider: str, direction: str, floor: float, machine: Machine) -> float | None:
-    """Microseconds of torch.compile or eager: bytes of traffic.csv; None where it has none."""
-    op = case.op.replace("SimAM+add+ReLU", "").replace("CBAM+add+ReLU", "")
-    stage = {stage.map[1]: name for name, stage in STAGES.items()}.get(case.shape[2], "stage1")
-    row = _traffic().get((op, stage, case.layout, provider))
+    """Microseconds of torch.compile or eager: bytes of traffic.csv for a map of this height; None where it has none."""
+    stage = {stage.map[1]: name for name, stage in STAGES.items()}.get(case.shape[2])
+    row = _traffic().get((case.op, stage, case.layout, provider))
     if row is None:
         return None
     touched, launches = float(row[f"touched_{direction}"]) * case.bytes, int(row[f"launches_{direction}"])

@@ -1,4 +1,4 @@
-"""The work items of a launch in the order of its programs, by the kernels own function; needs the interpreter."""
+"""The work items of a launch in the order of its programs, by the kernels' own function; needs the interpreter."""
 
 from __future__ import annotations
 

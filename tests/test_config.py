@@ -22,15 +22,20 @@ def test_tiles_fit(choose, channels_last):
         assert 1 <= tile.num_warps <= 16
 
 
+@pytest.mark.parametrize("a_thread", [32, 64])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_items_cover_every_plane(channels_last):
+def test_items_cover_every_plane(channels_last, a_thread):
     for n, c, p, itemsize, sms in itertools.product((1, 8, 32, 256), CHANNELS, PIXELS, (2, 4, 8), (1, 58, 132)):
-        plan = config.channel_plan(n, c, p, max(c // 16, 1), itemsize, channels_last, sms)
+        hidden = max(c // 16, 1)
+        plan = config.channel_plan(n, c, p, hidden, itemsize, channels_last, sms, a_thread=a_thread)
         assert plan.blocks * plan.tile.block_c >= c > (plan.blocks - 1) * plan.tile.block_c
         assert plan.splits * plan.chunk >= p > (plan.splits - 1) * plan.chunk
         assert plan.chunk % plan.tile.block_p == 0
         assert plan.groups * plan.samples >= n > (plan.groups - 1) * plan.samples
         assert 1 <= plan.lead <= plan.groups
+        assert (plan.stages > 1) == (itemsize < 8 and plan.chunk > plan.tile.block_p)  # one tile is not prefetched
+        assert plan.hidden_items(hidden) * plan.block_e(hidden) >= plan.samples * hidden
+        assert plan.hidden_items(hidden) == config.cdiv(plan.samples * hidden, plan.block_e(hidden))  # as kernels count
         assert plan.tile.num_warps >= 4  # fewer spill 0.5 to 1.7 KB in the products of the MLP, as on 4x4 planes
         if plan.samples > 1:
             assert plan.splits == 1

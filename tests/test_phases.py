@@ -188,10 +188,11 @@ def test_no_races(module, shape, layout, launches, monkeypatch):
     check(launches)
 
 
-@pytest.mark.parametrize("shape", LARGE)
-def test_no_races_of_many(shape, launches, monkeypatch):
-    shape = LARGE[shape]
-    step(attn_kernels.SE(shape.shape[1], shape.reduction), shape, "channels_last", monkeypatch)
+@pytest.mark.parametrize(("module", "shape"), [("SE", "hidden"), ("SE", "blocks"), ("ChannelGate", "blocks")])
+def test_no_races_of_many(module, shape, launches, monkeypatch):
+    """SE adds up no parts of planes, the other pools are joined first."""
+    shape, pools = LARGE[shape], ("avg",) if module == "SE" else ("avg", "max")
+    step(attn_kernels.ChannelGate(shape.shape[1], shape.reduction, pools), shape, "channels_last", monkeypatch)
     check(launches)
 
 

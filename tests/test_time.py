@@ -11,9 +11,9 @@ import attn_kernels
 from benchmarks import time
 from benchmarks.__main__ import main
 from benchmarks.check import LAYOUTS
-from benchmarks.machine_code import MachineCode
+from benchmarks.machine_code import MachineCode, ops
 from benchmarks.meter import Launch, meter
-from benchmarks.record import Place, Recorded, Step, recording
+from benchmarks.record import FIRST, SECOND, Place, Recorded, Step, recording
 from benchmarks.sass import Line, stretches
 from benchmarks.simulator import MACHINES, Simulator
 from benchmarks.time import RESULTS, Case, Time
@@ -73,7 +73,7 @@ class TestStretches:
         assert (code.instructions, code.issue, code.barriers) == (5, 8 + 1 + 16 + 1 + 1, 1)
 
 
-def code(in_flight=16, warps=4, registers=128, is_async=False):
+def code(in_flight=16, warps=4, registers=128):
     """The machine code of a loop that loads and stores 16 bytes a thread in each turn."""
     text = '\t//## File "/x/kernel.py", line 7\n.L_x_1:\n'
     text += "".join(f"/*0000*/ LDG.E.128 R{4 * i + 8}, desc[UR6][R2.64] ;\n" for i in range(in_flight // 16))
@@ -129,6 +129,8 @@ class TestRecorded:
         ("SE", (40, 64, 7, 7)),
         ("ChannelGate", (3, 40, 20, 20)),
         ("CBAM", (3, 40, 20, 20)),
+        ("CBAM", (20, 64, 40, 40)),
+        ("CBAM", (40, 64, 7, 7)),
         ("SimAM", (3, 40, 24, 24)),
         ("BAM", (3, 32, 20, 20)),
     )
@@ -138,7 +140,7 @@ class TestRecorded:
     def test_moves_what_the_whole_launch_moves(self, name, shape, layout, monkeypatch):
         """Loads and stores by launch, but for the polls of those who wait, as the meter counts them."""
         multiprocessors = 4
-        for module in [m for m in map(vars, time_modules()) if "multiprocessors" in m]:
+        for module in [m for m in map(vars, ops()) if "multiprocessors" in m]:
             monkeypatch.setitem(module, "multiprocessors", lambda x: multiprocessors)
 
         def train(device, watch):
@@ -164,9 +166,10 @@ class TestRecorded:
                     slots += 8 * len(step.slots)  # atomics, which load and store
                     if step.source[0].file != "_phases.py" and step.kind in sums:
                         sums[step.kind] += step.bytes
-            # The weights' gradients, and a convolution's pixels at the edges of maps, are taken to be alike.
-            assert counted.stored - slots == pytest.approx(sums["store"], rel=0.01), launch.name
-            assert counted.loaded - slots == pytest.approx(sums["load"], rel=0.03, abs=8 * len(launch.order))
+            # The weights' gradients are taken to be alike; so are a convolution's pixels, which on small maps are not.
+            stored, loaded = (0.03, 0.15) if "conv" in launch.name else (0.01, 0.03)
+            assert counted.stored - slots == pytest.approx(sums["store"], rel=stored), launch.name
+            assert counted.loaded - slots == pytest.approx(sums["load"], rel=loaded, abs=8 * len(launch.order))
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_addresses_are_those_of_every_element_of_x(self, layout):
@@ -190,10 +193,23 @@ class TestRecorded:
         assert sectors * 2 <= len(touched["load"]) <= sectors * 2.1  # tiles may share a sector at their edges
 
 
-def time_modules():
-    from benchmarks.machine_code import ops
-
-    return ops()
+@interpreted
+def test_what_is_not_needed_again_is_to_be_evicted_first():
+    """Of a gate's launch x for y, and y; not x for the pools, which is read again."""
+    shape = (6, 40, 24, 24)
+    with torch.device("meta"):
+        module, x = attn_kernels.SE(40), torch.empty(shape, dtype=torch.float16)
+    with recording(4, shape) as launches, torch.no_grad():
+        module(x)
+    (launch,) = launches
+    steps = [
+        (place.phase, step) for i, place in launch.order for step in launch.programs[i] if step.sectors is not None
+    ]
+    assert {(step.kind, phase, step.evict_first) for phase, step in steps} == {
+        ("load", FIRST, False),
+        ("load", SECOND, True),
+        ("store", SECOND, True),
+    }
 
 
 class TestCommand:

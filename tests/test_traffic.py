@@ -89,6 +89,19 @@ class TestCache:
         cache.flush()
         assert counted(cache) == (3, 1)
 
+    def test_what_asks_for_it_is_evicted_before_what_was_used_earlier(self):
+        cache = Cache(3 * SECTOR)
+        load(cache, 1)
+        cache.touch(np.array([2]), loads=False, stores=True, evict_first=True)
+        load(cache, 3, 4)  # in the place of 2
+        load(cache, 1, 3)
+        assert counted(cache) == (3, 1)
+        cache.touch(np.array([1]), loads=True, stores=False, evict_first=True)
+        load(cache, 1)  # as before
+        load(cache, 5)  # in the place of 4
+        load(cache, 1)
+        assert counted(cache) == (4, 1)
+
     def test_an_atomic_fetches_and_is_written_back(self):
         cache = Cache(2 * SECTOR)
         cache.touch(np.array([7]), loads=True, stores=True)

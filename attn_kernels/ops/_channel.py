@@ -98,7 +98,7 @@ def pool_pointer(saved_ptr, N, H, K: tl.constexpr):
 
 @triton.jit
 def forward_pointers(scratch_ptr, N, C, H, J, S, K: tl.constexpr, MAX: tl.constexpr):
-    """Where ``part``, ``stats`` and ``arg`` are; the latter two only where planes are divided, and ``arg`` if MAX."""
+    """Where ``part``, ``stats`` and ``arg`` are; the latter two only where parts are joined, and ``arg`` if MAX."""
     n = tl.cast(N, tl.int64)
     arg_ptr = scratch_ptr + n * J * K * H
     return scratch_ptr, arg_ptr + n * S * C * MAX, arg_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
@@ -318,7 +318,7 @@ def _fc1(
 
 @triton.jit
 def sum_parts(part_ptr, i_n, o_e, m, J, SIZE, ACC: tl.constexpr, BLOCK_E: tl.constexpr):
-    """[BLOCK_E] sums over J blocks of channels, in a fixed order: of element o_e of SIZE of sample i_n."""
+    """[BLOCK_E] sums over J partial sums, in a fixed order: of element o_e of SIZE of sample i_n."""
     # So many at once that their pointers do not spill with Triton 3.6: of a narrow hidden layer, in 4 warps, 1024.
     ROWS: tl.constexpr = 2048 // BLOCK_E if BLOCK_E > 64 else 1024 // BLOCK_E
     b_sum = tl.zeros([BLOCK_E], ACC)

@@ -1,9 +1,10 @@
 """Squeeze and excitation of channels, backward: the part that SE and CBAM's channel gate share.
 
 Two phases of one launch (see _phases.py). The first reads dy and x: the gradient of the gate, the pools again, and
-partial sums over channels of fc2's transposed product (``dpart``). Items between the two add those up and go back to
-the hidden layer. The second goes through fc1 to the pools, reads dy again and writes dx. Items behind all others
-compute the weights' gradients from what the first phases have left.
+partial sums of fc2's transposed product (``dpart``) over channels and parts of planes. Items between the two add those
+up and go back to the hidden layer. The second goes through fc1 to the pools, reads dy again and writes dx. Items behind
+all others compute the weights' gradients from what the first phases have left. Of divided planes the items of the last
+parts add that up; only the weights' items wait for it.
 
 Shapes as in _channel.py; dlogit (N, C); dpart (N, J * S, H); dpre (N, K, H). The pools are in two places: average and
 maximum, computed here, in scratch, lp and lse in what forward saved.
@@ -370,7 +371,7 @@ def gate_bwd_kernel(
     C, P = aligned(C, P, UNIT, CHANNELS_LAST)
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     K: tl.constexpr = AVG + MAX + LP + LSE
-    X_AGAIN: tl.constexpr = "" if LP or LSE else "evict_first"  # x is needed again, or is not
+    X_EVICT: tl.constexpr = "" if LP or LSE else "evict_first"  # the second phase reads x for lp and lse
     J = tl.cdiv(C, BLOCK_C)
     pid = tl.program_id(0)
     first_items = J * S
@@ -412,7 +413,7 @@ def gate_bwd_kernel(
                 _dgate(
                     dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, w2_ptr, b2_ptr, saved_ptr, argmax_ptr,
                     scratch_ptr, dlogit_ptr, pool_ptr, dpart_ptr, stats_ptr, group, item, N, C, P, H, S, CHUNK,
-                    AVG, MAX, K, ACTIVATION, GATE, DIVIDED, SAMPLES, X_AGAIN, CHANNELS_LAST, BLOCK_C, BLOCK_P, BLOCK_H,
+                    AVG, MAX, K, ACTIVATION, GATE, DIVIDED, SAMPLES, X_EVICT, CHANNELS_LAST, BLOCK_C, BLOCK_P, BLOCK_H,
                 )  # fmt: skip
             if SINGLE:
                 mark(p_first + item, stamp)

@@ -15,10 +15,10 @@ TILE = 4096
 SECTOR = 32
 # Elements along the unit stride that a tile holds at least: one byte of the bits that a ReLU leaves.
 BYTE = 8
-# Bytes of x that a program of a launch in two phases reads at most where it can choose: what lies between the phases of
-# 264 programs, those of an H100, then stays within half of its L2 (dy, x and dx: 3 x 132 x 32 KB = 13 MB).
+# Bytes of x that a program of a launch in two phases reads at most where it can choose. What lies between the phases,
+# of three programs a multiprocessor, is then 12.4 MB on an H100, whose L2 has 50.
 ITEM_BYTES = 32 * 1024
-# Tiles of x on their way at once, and one: what a program asks for ahead, by bytes an element.
+# Stages of the loop that pools x, by bytes an element: one more than the tiles that a program asks for ahead.
 STAGES = {2: 4, 4: 3, 8: 1}
 # Elements of a gate's hidden layer that a program adds up at most.
 HIDDEN_ELEMENTS = 256
@@ -72,7 +72,7 @@ def plane_tile(
         least = max(least, next_power_of_2(cdiv(c, 128)))
     else:
         # Rows of 128 pixels and 32 channels: every program reads the maps of CBAM's spatial gate along its pixels, and
-        # the partial products of fc1 that each block of channels leaves, of which there are 64 at most.
+        # the partial products of fc1 that each block of channels leaves of each part, of 64 blocks at most.
         least = next_power_of_2(cdiv(c, 64))
         block_c = min(max(TILE // min(next_power_of_2(p), 128), least), next_power_of_2(c))
     while block_c > least:
@@ -136,7 +136,10 @@ def channel_plan(
     single_launch: bool = True,
     a_thread: int = 32,
 ) -> ChannelPlan:
-    """For the channel gate, whose MLP has ``hidden`` units, 0 where there is none; ``a_thread`` bytes of x a thread."""
+    """For the channel gate, whose MLP has ``hidden`` units, 0 where there is none.
+
+    ``a_thread`` bytes of x a thread decide the number of warps, and nothing else.
+    """
     tile = plane_tile(n, c, p, itemsize, channels_last, multiprocessors, True)
     block_c, block_p, samples, splits = tile.block_c, tile.block_p, 1, 0
     if hidden and c > BYTE:
@@ -159,12 +162,13 @@ def channel_plan(
         several = samples > 1 and block_c * block_p * itemsize >= 8 * 32 * 16
         tile = replace(tile, num_warps=max(tile.num_warps, 8 if several else 4))
     blocks, tiles = cdiv(c, block_c), cdiv(p, block_p)
-    most = max(ITEM_BYTES // (block_c * block_p * itemsize), 1)
+    # Every part reads its weights anew, 4 bytes a channel and unit of each layer: larger parts where they outweigh x.
+    most = max(max(ITEM_BYTES, 8 * block_c * hidden) // (block_c * block_p * itemsize), 1)
     least = max(n * blocks * tiles // (4 * multiprocessors), 1)
     chunk = cdiv(tiles, splits or cdiv(tiles, min(most, least))) * block_p
     splits, groups = cdiv(p, chunk), cdiv(n, samples)
     # The first phase is as many groups ahead as three programs a multiprocessor do at once: they are done when the
-    # second gets there. What lies between the phases stays below half of what L2 holds.
+    # second gets there.
     lead = 3 * multiprocessors // cdiv(max(blocks * splits * ITEM_BYTES, samples * c * p * itemsize), ITEM_BYTES)
     lead = min(max(lead, 1), groups)
     stages = STAGES[itemsize] if chunk > block_p else 1

@@ -42,8 +42,8 @@ _stamps = itertools.count(2**62 + secrets.randbits(61))
 PATIENCE = tl.constexpr(2**20)
 
 # The phases where each is a launch, in this order. PARTS are the first phase of a single launch, in which the item of a
-# divided plane's last part adds all of them up: here a JOIN does. HIDDEN, GATES and REST are stretches of the second
-# phase's items, WEIGHTS the programs behind those.
+# divided plane's last part adds up what has to be added up: here a JOIN does. HIDDEN, GATES and REST are stretches of
+# the second phase's items, WEIGHTS the programs behind those.
 PARTS = tl.constexpr(0)
 JOIN = tl.constexpr(1)
 HIDDEN = tl.constexpr(2)
