@@ -271,7 +271,7 @@ class _Recorder:
             kind = "signal" if isinstance(event, Signal) else "wait"
             return Step(kind, source, shifts=shifts, slots=tuple(sorted(event.slots)))
         has_pixels = begin and self._ranges[bisect_right(self._starts, begin) - 1][1]
-        sectors = np.unique(event.addresses >> SECTOR_BITS) if has_pixels else None
+        sectors = np.unique(event.addresses.astype(np.int64) >> SECTOR_BITS) if has_pixels else None
         sizes = event.addresses.size * event.size, event.lanes * event.size
         kind = "load" if event.loads else "store"
         return Step(kind, source, *sizes, shifts, sectors, evict_first=event.evict_first)

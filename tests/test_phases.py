@@ -244,10 +244,10 @@ def test_plain_launches(module, shape, launches, monkeypatch):
 def lost(monkeypatch):
     """Set ``lost.kernel`` and ``lost.program``: from then on that program of those launches never signals.
 
-    In backward it stores nothing either: forward, a late program stores its indices all the same. Programs have little
-    patience.
+    In backward it stores nothing either: forward, a late program stores its indices all the same. Or, with
+    ``lost.after``, it signals so often and stores everything. Programs have little patience.
     """
-    lost = SimpleNamespace(kernel=None, program=None, marks=0, waits=[])
+    lost = SimpleNamespace(kernel=None, program=None, after=0, marks=0, waits=[])
     builder, current = interpreter.InterpreterBuilder, SimpleNamespace(kernel="", program=0)
     run, set_index = interpreter.GridExecutor.__call__, builder.set_grid_idx
     atomic, store = builder.create_atomic_rmw, builder.create_masked_store
@@ -265,14 +265,16 @@ def lost(monkeypatch):
             lost.waits.append(current.program)
         elif (current.kernel, current.program) == (lost.kernel, lost.program):
             lost.marks += 1
-            return pointers
+            if lost.marks > lost.after:
+                return pointers
         return atomic(self, operation, pointers, value, mask, *others)
 
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", begin)
     monkeypatch.setattr(builder, "set_grid_idx", begin_program)
 
     def act_in_turn(self, *args):
-        if lost.kernel != "gate_bwd_kernel" or (current.kernel, current.program) != (lost.kernel, lost.program):
+        is_lost = (current.kernel, current.program) == (lost.kernel, lost.program) and not lost.after
+        if lost.kernel != "gate_bwd_kernel" or not is_lost:
             store(self, *args)
 
     monkeypatch.setattr(builder, "create_atomic_rmw", act)
@@ -342,6 +344,22 @@ def test_who_never_signals_is_not_waited_for_for_ever(module, kernel, shape, los
     lost.kernel = None
     module.load_state_dict(state)
     assert all(map(torch.equal, train(), want))
+
+
+def test_who_adds_up_parts_and_never_signals_costs_the_weights_alone(lost, monkeypatch):
+    """In backward, behind its first signal, nobody waits for the last part of a plane but the weights' gradients."""
+    shape = SHAPES["divided"]
+    module = MODULES["SE"](shape.shape[1])
+    train = partial(step, module, shape, "contiguous", monkeypatch, inference=False)
+    want = train()
+    replay(monkeypatch)
+    plan = _launch.channel_plan(torch.empty(shape.shape), shape.shape[1] // shape.reduction, averages=True)
+    lost.kernel, lost.program, lost.after = "gate_bwd_kernel", plan.splits - 1, 1
+    y, dx, *gradients = train()
+    assert lost.marks == 2
+    assert torch.equal(y, want[0])
+    assert torch.equal(dx, want[1])
+    assert all(gradient.isnan().all() for gradient in gradients)
 
 
 def test_slots_are_zeroed_where_a_graph_will_replay_them(monkeypatch):
