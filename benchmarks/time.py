@@ -16,6 +16,7 @@ import math
 import multiprocessing
 import os
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
@@ -400,7 +401,8 @@ def draw(rows: Sequence[tuple[Case, list[Time]]], path: Path) -> None:
     panels[0].plot([], [], color="#d1495b", lw=1.6, label="torch.compile")
     panels[0].legend(frameon=False, ncols=6, loc="upper center", bbox_to_anchor=(0.5, 1.22))
     figure.suptitle(f"MODEL, not a measurement: share of a copy's bandwidth, bf16, {first.machine}", fontsize=13)
-    figure.supxlabel(f"The worse of both layouts; torch.compile: the better. {provenance()}", fontsize=8, color="0.35")
+    caption = textwrap.fill(provenance(), 130)
+    figure.supxlabel(f"The worse of both layouts; torch.compile: the better.\n{caption}", fontsize=8, color="0.35")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
