@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +24,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import attn_kernels
 from benchmarks.cache import SECTOR_BITS
 from benchmarks.machine_code import launching_on_meta, ops
 from benchmarks.meter import AtenMeter, Launch, Traffic
@@ -62,7 +62,7 @@ class Place(NamedTuple):
 
 Program = tuple[Step, ...]
 FEW = 40  # programs that are all run
-KERNELS = Path(attn_kernels.__file__).parent / "ops"
+KERNELS = Path(find_spec("attn_kernels").origin).parent / "ops"  # which is not imported yet
 
 
 @dataclass
