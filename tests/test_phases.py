@@ -159,7 +159,7 @@ def step(module, shape: Shape, layout, monkeypatch, inference=True):
     torch.manual_seed(0)
     x = torch.randn(shape.shape).to(memory_format=LAYOUTS[layout]).requires_grad_()
     hidden = shape.shape[1] // shape.reduction
-    plan = _launch.channel_plan(x, hidden)  # of which its averages change no more than warps
+    plan = _launch.channel_plan(x, hidden)
     counts = {name: getattr(plan, name) for name in ("samples", "groups", "blocks", "splits", "lead")}
     counts["hidden"] = plan.hidden_items(hidden)
     assert {name for name, count in counts.items() if count > 1} == shape.several

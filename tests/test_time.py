@@ -5,6 +5,7 @@ import itertools
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +15,18 @@ from benchmarks.__main__ import main
 from benchmarks.check import LAYOUTS
 from benchmarks.machine_code import MachineCode, ops
 from benchmarks.meter import Launch, meter
-from benchmarks.record import FIRST, SECOND, Place, Recorded, Step, recording
+from benchmarks.record import (
+    FIRST,
+    GATES,
+    HIDDEN,
+    LAST_HIDDEN,
+    SECOND,
+    WEIGHTS,
+    Place,
+    Recorded,
+    Step,
+    recording,
+)
 from benchmarks.sass import Line, stretches
 from benchmarks.simulator import MACHINES, Simulator
 from benchmarks.time import RESULTS, Case, Time
@@ -112,6 +124,18 @@ class TestSimulator:
     def test_programs_that_wait_for_what_never_comes_are_an_error(self):
         with pytest.raises(RuntimeError, match="never comes"):
             self.launch([[Step("wait", SOURCE, slots=(8,))]], [0])
+
+    def test_some_groups_go_through_all_of_their_phases(self):
+        """Of two groups one: all but what waits for both. Each phase stores to a sector of its own."""
+        phases = FIRST, HIDDEN, GATES, SECOND, LAST_HIDDEN, WEIGHTS
+        programs = [(Step("store", SOURCE, 32, 32, (32_000, 0, 0), np.array([phase])),) for phase in phases]
+        order = [(phase, Place(phase, group)) for group in range(2) for phase in phases if not group or phase <= SECOND]
+        stored = []
+        for groups in (None, 2, 1):
+            simulator = Simulator(H100)
+            simulator.launch(Recorded("kernel", 2, programs, order), code(), groups)
+            stored.append(simulator.cache.distinct // 32)
+        assert stored == [10, 10, 4]
 
     def test_an_operator_of_pytorch_is_its_bytes_and_its_launch(self):
         simulator = Simulator(H100)

@@ -560,7 +560,7 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]:
     """Launch the gate's backward: ``dx, dresidual, dw1, db1, dw2, db2``; behind a spatial gate with its scratch."""
     hidden = w1.shape[0]
-    plan = channel_plan(x, hidden, spatial is None and pools == AVERAGE)
+    plan = _plan(x, hidden, spatial, pools)
     scratch = scratch or _empty_scratch(x, hidden, pools, plan)
     channel = w1, w2, b2, saved, argmax, *scratch
     dweights = empty_dweights(w1, w2)
@@ -568,6 +568,10 @@ def backward(
         dy, mask, x, spatial, spatial_argmax, need_dresidual, channel, dweights, hidden, pools, activation, gate_name
     )
     return dx, dresidual, *dweights
+
+
+def _plan(x: Tensor, hidden: int, spatial: Tensor | None, pools: int) -> config.ChannelPlan:
+    return channel_plan(x, hidden, averages=spatial is None and pools == AVERAGE)
 
 
 def _programs(c: int, hidden: int, plan: config.ChannelPlan) -> dict[str, int]:
@@ -610,7 +614,7 @@ def launch_dx(
 ) -> tuple[Tensor, Tensor | None]:
     """Launch what reads full-size tensors: ``dx, dresidual``; ``channel``: what concerns the gate, if any."""
     n, c, h, w = x.shape
-    plan = channel_plan(x, hidden, spatial is None and pools == AVERAGE)
+    plan = _plan(x, hidden, spatial, pools)
     dx = torch.empty_like(x)
     dresidual = torch.empty_like(x) if need_dresidual else None
     stamp = new_stamp()
