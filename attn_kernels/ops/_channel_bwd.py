@@ -165,7 +165,8 @@ def _dgate(
         b_gates = excite(
             pre_ptr, w2_ptr, b2_ptr, None, False, group, c, N, C, H, K, ACTIVATION, GATE, SAMPLES, BLOCK_C, BLOCK_H
         )
-        tl.store(gate_ptr + p_gate, b_gates, mask=m & (i_s == 0))
+        if i_s == 0:
+            tl.store(gate_ptr + p_gate, b_gates, mask=m)
     else:  # needed earlier, by the spatial gate's backward, and therefore there already
         b_gates = tl.load(gate_ptr + p_gate, mask=m, other=0)
     b_dlogits = tl.where(m, gate_bwd(b_dgates, b_gates, GATE), 0.0)
