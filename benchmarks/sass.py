@@ -14,9 +14,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# Instructions that one of a multiprocessor's four schedulers issues in the time of this one, of a warp; all others: 1
-# (CUDA programming guide, "Throughput of Native Arithmetic Instructions"; shared memory: 128 bytes per clock).
-ISSUE_SLOTS = {"MUFU": 8, "F2I": 8, "I2F": 8, "F2F": 8, "F2FP": 2, "SHFL": 4, "LDS": 4, "STS": 4, "LDSM": 16, "STSM": 8}
+# The pipe of a quarter of a multiprocessor that an instruction goes to, and the clocks that a warp's takes there; of
+# all others "alu" and 2. The pipes work side by side, behind a scheduler that issues an instruction per clock (CUDA
+# programming guide, "Throughput of Native Arithmetic Instructions", 9.0; shared memory: 128 bytes per clock).
+PIPES = {
+    **dict.fromkeys(("FADD", "FMUL", "FFMA", "HFMA2", "HADD2", "HMUL2"), ("fma", 1)),
+    **dict.fromkeys(("IMAD", "IDP"), ("fma", 2)),
+    **dict.fromkeys(("MUFU", "F2I", "I2F", "F2F"), ("transcendental", 8)),
+    **dict.fromkeys(("SHFL", "LDS", "STS", "LDG", "STG", "LDGSTS", "ATOMG", "RED"), ("memory", 4)),
+    **{
+        "LDSM": ("memory", 16),
+        "STSM": ("memory", 8),
+        "BAR": ("memory", 1),
+        "HMMA": ("tensor", 8),
+        "BRA": ("branch", 1),
+    },
+}
 
 
 class Sass(NamedTuple):
@@ -36,7 +49,7 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class Stretch:
-    """A loop, of which this is one turn, or the code between loops; bytes a thread, and issue slots a warp."""
+    """A loop, of which this is one turn, or the code between loops; bytes per thread, clocks per warp."""
 
     is_loop: bool
     lines: frozenset[Line]
@@ -47,7 +60,7 @@ class Stretch:
     is_async: bool  # so that a turn asks for what later ones need
     evict_first: frozenset[str]  # of loads and stores those which ask L2 for it
     instructions: int
-    issue: int
+    clocks: Counter[str]  # of each pipe
     barriers: int
 
 
@@ -83,9 +96,9 @@ class _Instruction(NamedTuple):
         return self.name in ("LDG", "LDGSTS", "STG")
 
     @property
-    def issue(self) -> int:
-        slots = ISSUE_SLOTS.get(self.name, 1)
-        return slots * self.bytes // 4 if self.name in ("LDS", "STS") else slots
+    def pipe(self) -> tuple[str, int]:
+        name, clocks = PIPES.get(self.name, ("alu", 2))
+        return name, clocks * max(self.bytes // 4, 1) if self.name in ("LDS", "STS") else clocks
 
     @property
     def registers(self) -> list[int]:
@@ -173,9 +186,17 @@ def _stretch(items: Sequence[_Instruction | str], is_loop: bool) -> Iterator[Str
                 "store" if i.name == "STG" else "load" for i in accesses if "EF" in i.opcode.split(".")
             ),
             instructions=len(code),
-            issue=sum(i.issue for i in code),
+            clocks=_clocks(code),
             barriers=sum(i.name == "BAR" for i in code),
         )
+
+
+def _clocks(code: Sequence[_Instruction]) -> Counter[str]:
+    """How long a warp keeps each pipe busy, and the scheduler."""
+    clocks = Counter(scheduler=len(code))
+    for name, count in (i.pipe for i in code):
+        clocks[name] += count
+    return clocks
 
 
 def _in_flight(code: Sequence[_Instruction], is_loop: bool) -> int:

@@ -8,7 +8,7 @@ below, and these are assumptions.
 from __future__ import annotations
 
 import heapq
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -74,7 +74,8 @@ class Simulator:
         self._waited = self._resided = 0.0  # programs, for others, and in all
         self._dram = self._l2 = 0.0  # until when they are busy
         count = machine.architecture.multiprocessors
-        self._reads, self._writes, self._issues = [0.0] * count, [0.0] * count, [0.0] * count
+        self._reads, self._writes = [0.0] * count, [0.0] * count
+        self._pipes: list[defaultdict[str, float]] = [defaultdict(float) for _ in range(count)]
         self._queue: list[tuple[float, int, int, Iterator[float]]] = []
         self._number = 0
         self._set: dict[int, float] = {}  # when slots were set
@@ -185,12 +186,13 @@ class Simulator:
         return max(now, self._writes[multiprocessor], self._dram - machine.backlog)
 
     def _compute(self, multiprocessor: int, stretch: Stretch, turns: float, warps: int) -> float:
-        """When a stretch is done: a multiprocessor issues four slots per clock, a warp less than its instructions."""
-        machine = self.machine
-        busy = stretch.issue * turns * warps / (4 * machine.clock) / 1000
-        self._issues[multiprocessor] = max(self._issues[multiprocessor], self.now) + busy
-        own = stretch.instructions * turns * max(machine.cycles, warps / 4) / machine.clock / 1000
-        return max(self._issues[multiprocessor], self.now + own) + stretch.barriers * turns * machine.barrier
+        """When a stretch is done: by the pipes of all four quarters, side by side, and by what a warp issues alone."""
+        machine, pipes = self.machine, self._pipes[multiprocessor]
+        done = self.now + stretch.instructions * turns * machine.cycles / machine.clock / 1000
+        for pipe, clocks in stretch.clocks.items():
+            pipes[pipe] = max(pipes[pipe], self.now) + clocks * turns * warps / (4 * machine.clock) / 1000
+            done = max(done, pipes[pipe])
+        return done + stretch.barriers * turns * machine.barrier
 
     def _program(self, kernel: _Kernel, steps: Program, place: Place):
         def program(multiprocessor: int) -> Iterator[float | _Waiting]:
