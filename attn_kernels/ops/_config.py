@@ -200,16 +200,26 @@ def largest_plane(itemsize: int, channels_last: bool) -> int:
 
 
 @functools.lru_cache
-def whole_plane_tile(n: int, c: int, p: int, itemsize: int, channels_last: bool, multiprocessors: int) -> Tile:
-    """For SimAM: whole planes in a tile (``block_p >= p``) where registers allow, else a tile to walk along them."""
+def whole_plane_tile(
+    n: int, c: int, p: int, itemsize: int, channels_last: bool, multiprocessors: int, backward: bool = False
+) -> Tile:
+    """For SimAM: whole planes in a tile (``block_p >= p``) where registers allow, else a tile to walk along them.
+
+    ``backward`` decides the number of warps, and nothing else.
+    """
     if p > largest_plane(itemsize, channels_last):
-        return plane_tile(n, c, p, itemsize, channels_last, multiprocessors)
-    block_p = max(next_power_of_2(p), BYTE)
-    least = _least_channels(itemsize, channels_last)
-    block_c = max(least, min(TILE // block_p, next_power_of_2(c)))
-    while block_c > least and n * cdiv(c, block_c) < 2 * multiprocessors:
-        block_c //= 2
-    return Tile.of(block_c, block_p, c if channels_last else p, itemsize)
+        tile = plane_tile(n, c, p, itemsize, channels_last, multiprocessors)
+        block_c, block_p = tile.block_c, tile.block_p
+    else:
+        block_p = max(next_power_of_2(p), BYTE)
+        least = _least_channels(itemsize, channels_last)
+        block_c = max(least, min(TILE // block_p, next_power_of_2(c)))
+        while block_c > least and n * cdiv(c, block_c) < 2 * multiprocessors:
+            block_c //= 2
+    row = c if channels_last else p
+    # Backward holds dy beside x, and whatever a thread has more than 16 elements of takes the place of other programs.
+    a_thread = min(64, 16 * itemsize) if backward and row * itemsize % 16 == 0 else 64
+    return Tile.of(block_c, block_p, row, itemsize, a_thread)
 
 
 @functools.lru_cache

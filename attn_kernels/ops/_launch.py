@@ -28,9 +28,9 @@ def multiprocessors(x: Tensor) -> int:
     return _multiprocessors(x.device.index) if x.is_cuda else 1
 
 
-def _tile(choose, x: Tensor) -> config.Tile:
+def _tile(choose, x: Tensor, **options: bool) -> config.Tile:
     n, c, h, w = x.shape
-    return choose(n, c, h * w, x.element_size(), is_channels_last(x), multiprocessors(x))
+    return choose(n, c, h * w, x.element_size(), is_channels_last(x), multiprocessors(x), **options)
 
 
 def pixel_tile(x: Tensor) -> config.Tile:
@@ -38,9 +38,9 @@ def pixel_tile(x: Tensor) -> config.Tile:
     return _tile(config.pixel_tile, x)
 
 
-def whole_plane_tile(x: Tensor) -> config.Tile:
+def whole_plane_tile(x: Tensor, backward: bool) -> config.Tile:
     """For kernels that keep whole planes, where they fit."""
-    return _tile(config.whole_plane_tile, x)
+    return _tile(config.whole_plane_tile, x, backward=backward)
 
 
 def tile_options(x: Tensor, tile: config.Tile) -> dict[str, int]:

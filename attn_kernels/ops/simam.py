@@ -3,9 +3,9 @@
 Yang et al., ICML 2021, equations 5 and 6; n = max(P - 1, 1). N = bytes of x.
 
 Forward, 1 launch, 2N (+ N residual). A plane that does not fit a program is read again, backwards, from L2.
-Backward, 1 launch, 3N (+ N dresidual); likewise. With e = dy * y', t = x - mean and
-q = 1 / (4 * (variance + lambda)):
-    dx = dy * sigmoid + 2 q t (e - 4 q sum_p(e t^2) / n) - 2 q sum_p(e t) / P.
+Backward, 1 launch, 3N (+ N dresidual); likewise. With t = x - mean, q = 1 / (4 * (variance + lambda)),
+s = sigmoid(q t^2 + 0.5) and e = dy x s (1 - s):
+    dx = dy s + 2 q e t - 8 q^2 t sum_p(e t^2) / n - 2 q sum_p(e t) / P.
 Saved: x, and mean and q of planes that do not fit a program; one bit an element with ReLU.
 """
 
@@ -33,24 +33,12 @@ from reference.simam import simam as formula
 
 
 @triton.jit
-def _merge_moments(b_mean, b_m2, b_x, p, P, BLOCK_P: tl.constexpr):
-    """Mean and sum of squared deviations of the first p pixels and of the tile that follows (Chan et al., 1983)."""
-    m_p = p + tl.arange(0, BLOCK_P) < P
+def _moments(b_x, p, P, BLOCK_P: tl.constexpr):
+    """How many of a tile's pixels, from p on, are below P; their mean; the sum of their squared deviations."""
     count = tl.minimum(P - p, BLOCK_P).to(b_x.dtype)
-    b_tile_mean = tl.sum(b_x, axis=1) / count
-    b_t = tl.where(m_p[None, :], b_x - b_tile_mean[:, None], 0.0)
-    b_delta = b_tile_mean - b_mean
-    b_mean += b_delta * (count / (p + count))
-    b_m2 += tl.sum(b_t * b_t, axis=1) + b_delta * b_delta * (p * count / (p + count))
-    return b_mean, b_m2
-
-
-@triton.jit
-def _moments(b_x, P, LAMBDA: tl.constexpr, BLOCK_P: tl.constexpr):
-    """mean and q of whole planes."""
-    b_zero = tl.zeros([b_x.shape[0]], b_x.dtype)
-    b_mean, b_m2 = _merge_moments(b_zero, b_zero, b_x, 0, P, BLOCK_P)
-    return b_mean, _inverse(b_m2, P, LAMBDA)
+    b_mean = tl.sum(b_x, axis=1) / count
+    b_t = tl.where((p + tl.arange(0, BLOCK_P) < P)[None, :], b_x - b_mean[:, None], 0.0)
+    return count, b_mean, tl.sum(b_t * b_t, axis=1)
 
 
 @triton.jit
@@ -60,9 +48,13 @@ def _inverse(b_m2, P, LAMBDA: tl.constexpr):
 
 
 @triton.jit
-def _gated(b_x, b_mean, b_q):
-    b_t = b_x - b_mean[:, None]
-    return b_x * tl.sigmoid(b_t * b_t * b_q[:, None] + 0.5)
+def _attention(b_t, b_q):
+    """sigmoid(q t^2 + 0.5)."""
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    b_denominator = 1 + tl.exp2(b_t * b_t * (-LOG2_E * b_q)[:, None] - 0.5 * LOG2_E)
+    # Of 1 to 1.6: the root and a square are two instructions, a division is ten.
+    b_root = tl.rsqrt(b_denominator)
+    return b_root * b_root
 
 
 @triton.jit
@@ -90,15 +82,19 @@ def simam_fwd_kernel(
     c = tl.program_id(0) % blocks * BLOCK_C
     if WHOLE:
         b_x = load_tile(x_ptr, i_n, c, 0, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-        b_mean, b_q = _moments(b_x, P, LAMBDA, BLOCK_P)
-        b_y = _gated(b_x, b_mean, b_q)
+        _, b_mean, b_m2 = _moments(b_x, 0, P, BLOCK_P)
+        b_y = b_x * _attention(b_x - b_mean[:, None], _inverse(b_m2, P, LAMBDA))
         store_tail(b_y, y_ptr, residual_ptr, mask_ptr, i_n, c, 0, C, P, RELU, CHANNELS_LAST, BLOCK_C, BLOCK_P)
     else:
         b_mean = tl.zeros([BLOCK_C], ACC)
         b_m2 = tl.zeros([BLOCK_C], ACC)
         for p in range(0, P, BLOCK_P):
             b_tile = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-            b_mean, b_m2 = _merge_moments(b_mean, b_m2, b_tile, p, P, BLOCK_P)
+            # With those of the pixels before as in Chan et al., 1983.
+            count, b_tile_mean, b_tile_m2 = _moments(b_tile, p, P, BLOCK_P)
+            b_delta = b_tile_mean - b_mean
+            b_mean += b_delta * (count / (p + count))
+            b_m2 += b_tile_m2 + b_delta * b_delta * (p * count / (p + count))
         b_q = _inverse(b_m2, P, LAMBDA)
         if saved_ptr is not None:
             o_c = c + tl.arange(0, BLOCK_C)
@@ -106,31 +102,30 @@ def simam_fwd_kernel(
             tl.store(saved_ptr + (i_n * 2 + 1) * C + o_c, b_q, mask=o_c < C)
         for i in range(0, tl.cdiv(P, BLOCK_P)):
             p = (tl.cdiv(P, BLOCK_P) - 1 - i) * BLOCK_P  # backwards: the end of the planes was read last
-            b_tile = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-            b_y = _gated(b_tile, b_mean, b_q)
-            store_tail(b_y, y_ptr, residual_ptr, mask_ptr, i_n, c, p, C, P, RELU, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+            b_tile = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P, "evict_first")
+            b_y = b_tile * _attention(b_tile - b_mean[:, None], b_q)
+            store_tail(
+                b_y, y_ptr, residual_ptr, mask_ptr, i_n, c, p, C, P, RELU, CHANNELS_LAST, BLOCK_C, BLOCK_P,
+                "evict_first",
+            )  # fmt: skip
 
 
 @triton.jit
-def _energy_grad(b_dy, b_x, b_mean, b_q):
-    """t = x - mean, the sigmoid s, and e = dy * x * s * (1 - s), the gradient of the inverse energy."""
+def _local_grads(b_dy, b_x, b_mean, b_q):
+    """t, dx as far as it does not go through the moments, and sum_p(e t), sum_p(e t^2); e is 0 where dy is."""
     b_t = b_x - b_mean[:, None]
-    b_s = tl.sigmoid(b_t * b_t * b_q[:, None] + 0.5)
-    return b_t, b_s, b_dy * b_x * b_s * (1 - b_s)
+    b_s = _attention(b_t, b_q)
+    b_direct = b_dy * b_s
+    b_et = b_direct * b_x * (1 - b_s) * b_t
+    return b_t, b_direct + b_et * (2 * b_q)[:, None], tl.sum(b_et, axis=1), tl.sum(b_et * b_t, axis=1)
 
 
 @triton.jit
-def _moment_grads(b_dy, b_x, b_mean, b_q):
-    """sum_p(e t) and sum_p(e t^2) of a tile; outside the planes dy is 0, and so is e."""
-    b_t, _, b_e = _energy_grad(b_dy, b_x, b_mean, b_q)
-    b_et = b_e * b_t
-    return tl.sum(b_et, axis=1), tl.sum(b_et * b_t, axis=1)
-
-
-@triton.jit
-def _x_grad(b_dy, b_x, b_mean, b_q, b_dq, b_dmean):
-    b_t, b_s, b_e = _energy_grad(b_dy, b_x, b_mean, b_q)
-    return b_dy * b_s + 2 * b_q[:, None] * b_t * (b_e - b_dq[:, None]) - b_dmean[:, None]
+def _x_grad(b_t, b_local, b_q, b_et, b_ett, P):
+    """dx, from the sums over whole planes."""
+    b_dt = 8 * b_q * b_q * b_ett / tl.maximum(P - 1, 1)
+    b_dmean = 2 * b_q * b_et / P
+    return b_local - b_t * b_dt[:, None] - b_dmean[:, None]
 
 
 @triton.jit
@@ -160,8 +155,11 @@ def simam_bwd_kernel(
     if WHOLE:
         b_x = load_tile(x_ptr, i_n, c, 0, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
         b_dy = load_tail_grad(dy_ptr, mask_ptr, dresidual_ptr, i_n, c, 0, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-        b_mean, b_q = _moments(b_x, P, LAMBDA, BLOCK_P)
-        b_et, b_ett = _moment_grads(b_dy, b_x, b_mean, b_q)
+        _, b_mean, b_m2 = _moments(b_x, 0, P, BLOCK_P)
+        b_q = _inverse(b_m2, P, LAMBDA)
+        b_t, b_local, b_et, b_ett = _local_grads(b_dy, b_x, b_mean, b_q)
+        b_dx = _x_grad(b_t, b_local, b_q, b_et, b_ett, P)
+        store_tile(b_dx, dx_ptr, i_n, c, 0, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
     else:
         o_c = c + tl.arange(0, BLOCK_C)
         b_mean = tl.load(saved_ptr + i_n * 2 * C + o_c, mask=o_c < C, other=0)
@@ -171,29 +169,25 @@ def simam_bwd_kernel(
         for p in range(0, P, BLOCK_P):
             b_g = load_tail_grad(dy_ptr, mask_ptr, dresidual_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
             b_tile = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-            b_et_tile, b_ett_tile = _moment_grads(b_g, b_tile, b_mean, b_q)
+            _, _, b_et_tile, b_ett_tile = _local_grads(b_g, b_tile, b_mean, b_q)
             b_et += b_et_tile
             b_ett += b_ett_tile
-    b_dq = 4 * b_q * b_ett / tl.maximum(P - 1, 1)
-    b_dmean = 2 * b_q * b_et / P
-
-    if WHOLE:
-        b_dx = _x_grad(b_dy, b_x, b_mean, b_q, b_dq, b_dmean)
-        store_tile(b_dx, dx_ptr, i_n, c, 0, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-    else:
         for i in range(0, tl.cdiv(P, BLOCK_P)):
             p = (tl.cdiv(P, BLOCK_P) - 1 - i) * BLOCK_P  # backwards, as in the forward pass
-            b_g = load_tail_grad(dy_ptr, mask_ptr, None, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-            b_tile = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-            b_dx = _x_grad(b_g, b_tile, b_mean, b_q, b_dq, b_dmean)
-            store_tile(b_dx, dx_ptr, i_n, c, p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+            b_g = load_tail_grad(
+                dy_ptr, mask_ptr, None, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P, "evict_first"
+            )  # fmt: skip
+            b_tile = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P, "evict_first")
+            b_t, b_local, _, _ = _local_grads(b_g, b_tile, b_mean, b_q)
+            b_dx = _x_grad(b_t, b_local, b_q, b_et, b_ett, P)
+            store_tile(b_dx, dx_ptr, i_n, c, p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P, "evict_first")
 
 
 def _launch_forward(
     x: Tensor, residual: Tensor | None, e_lambda: float, relu: bool, saved: Tensor | None, mask: Tensor | None
 ) -> Tensor:
     n, c, h, w = x.shape
-    tile = whole_plane_tile(x)
+    tile = whole_plane_tile(x, backward=False)
     whole = tile.block_p >= h * w
     y = torch.empty_like(x)
     simam_fwd_kernel[(n * config.cdiv(c, tile.block_c),)](
@@ -241,7 +235,8 @@ def _backward(
     dy: Tensor, x: Tensor, saved: Tensor, mask: Tensor, e_lambda: float, relu: bool, need_dresidual: bool
 ) -> tuple[Tensor, Tensor]:
     n, c, h, w = x.shape
-    tile = whole_plane_tile(x)
+    tile = whole_plane_tile(x, backward=True)
+    options = tile_options(x, tile)
     dx = torch.empty_like(x)
     dresidual = torch.empty_like(x) if need_dresidual else None
     simam_bwd_kernel[(n * config.cdiv(c, tile.block_c),)](
@@ -255,7 +250,9 @@ def _backward(
         h * w,
         LAMBDA=e_lambda,
         WHOLE=tile.block_p >= h * w,
-        **tile_options(x, tile),
+        **options,
+        # Elsewhere ptxas finds fewer registers without a limit than with one.
+        maxnreg=128 if options["UNIT"] == 1 else None,
     )
     return dx, x.new_empty(0) if dresidual is None else dresidual
 
