@@ -205,20 +205,24 @@ def whole_plane_tile(
 ) -> Tile:
     """For SimAM: whole planes in a tile (``block_p >= p``) where registers allow, else a tile to walk along them.
 
-    ``backward`` decides the number of warps, and nothing else.
+    ``backward`` holds dy beside x, in more threads.
     """
+    least = _least_channels(itemsize, channels_last)
     if p > largest_plane(itemsize, channels_last):
         tile = plane_tile(n, c, p, itemsize, channels_last, multiprocessors)
         block_c, block_p = tile.block_c, tile.block_p
     else:
         block_p = max(next_power_of_2(p), BYTE)
-        least = _least_channels(itemsize, channels_last)
         block_c = max(least, min(TILE // block_p, next_power_of_2(c)))
         while block_c > least and n * cdiv(c, block_c) < 2 * multiprocessors:
             block_c //= 2
-    row = c if channels_last else p
-    # Backward holds dy beside x, and whatever a thread has more than 16 elements of takes the place of other programs.
-    a_thread = min(64, 16 * itemsize) if backward and row * itemsize % 16 == 0 else 64
+    row, a_thread = c if channels_last else p, 64
+    if backward:
+        # More than 16 elements a thread take the place of other programs; more than 8 where each has its own address.
+        if vector_length(row, itemsize) == 1:
+            block_c, a_thread = max(block_c // 2, least), 32
+        elif row * itemsize % 16 == 0:
+            a_thread = min(64, 16 * itemsize)
     return Tile.of(block_c, block_p, row, itemsize, a_thread)
 
 

@@ -236,7 +236,6 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     n, c, h, w = x.shape
     tile = whole_plane_tile(x, backward=True)
-    options = tile_options(x, tile)
     dx = torch.empty_like(x)
     dresidual = torch.empty_like(x) if need_dresidual else None
     simam_bwd_kernel[(n * config.cdiv(c, tile.block_c),)](
@@ -250,9 +249,7 @@ def _backward(
         h * w,
         LAMBDA=e_lambda,
         WHOLE=tile.block_p >= h * w,
-        **options,
-        # Elsewhere ptxas finds fewer registers without a limit than with one.
-        maxnreg=128 if options["UNIT"] == 1 else None,
+        **tile_options(x, tile),
     )
     return dx, x.new_empty(0) if dresidual is None else dresidual
 
