@@ -15,20 +15,19 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 # The pipe of a quarter of a multiprocessor that an instruction goes to, and the clocks that a warp's takes there; of
-# all others "alu" and 2. The pipes work side by side, behind a scheduler that issues an instruction per clock (CUDA
-# programming guide, "Throughput of Native Arithmetic Instructions", 9.0; shared memory: 128 bytes per clock).
+# others "alu" and 2. The pipes work side by side, behind a scheduler that issues an instruction per clock (CUDA
+# programming guide, "Throughput of Native Arithmetic Instructions", 9.0; shared memory: 128 bytes per clock). IMAD goes
+# to half of the lanes for additions. What the tensor cores take is an estimate.
 PIPES = {
     **dict.fromkeys(("FADD", "FMUL", "FFMA", "HFMA2", "HADD2", "HMUL2"), ("fma", 1)),
-    **dict.fromkeys(("IMAD", "IDP"), ("fma", 2)),
-    **dict.fromkeys(("MUFU", "F2I", "I2F", "F2F"), ("transcendental", 8)),
-    **dict.fromkeys(("SHFL", "LDS", "STS", "LDG", "STG", "LDGSTS", "ATOMG", "RED"), ("memory", 4)),
-    **{
-        "LDSM": ("memory", 16),
-        "STSM": ("memory", 8),
-        "BAR": ("memory", 1),
-        "HMMA": ("tensor", 8),
-        "BRA": ("branch", 1),
-    },
+    **dict.fromkeys(("IMAD", "IDP"), ("imad", 2)),
+    **dict.fromkeys(("MUFU", "F2I", "I2F", "F2F", "FRND", "POPC", "FLO", "BREV"), ("transcendental", 8)),
+    **dict.fromkeys(("SHFL", "LDS", "STS", "LDG", "STG", "LDGSTS", "LDL", "STL", "ATOM", "ATOMG"), ("memory", 4)),
+    **dict.fromkeys(("LDSM", "STSM"), ("memory", 16)),
+    **dict.fromkeys(("HMMA", "HGMMA"), ("tensor", 4)),
+    **dict.fromkeys(
+        ("BRA", "EXIT", "BSSY", "BSYNC", "BAR", "DEPBAR", "LDGDEPBAR", "S2R", "LDC", "R2UR"), ("control", 1)
+    ),
 }
 
 
@@ -97,7 +96,7 @@ class _Instruction(NamedTuple):
 
     @property
     def pipe(self) -> tuple[str, int]:
-        name, clocks = PIPES.get(self.name, ("alu", 2))
+        name, clocks = PIPES.get(self.name, ("control", 1) if self.name.startswith("U") else ("alu", 2))
         return name, clocks * max(self.bytes // 4, 1) if self.name in ("LDS", "STS") else clocks
 
     @property

@@ -45,6 +45,7 @@ class Machine:
     kernel: float = 1.0  # of one of PyTorch's that does next to nothing
     barrier: float = 0.02  # of a program's warps, each time
     cycles: int = 2  # between the instructions of a warp
+    fma: int = 1  # clocks of a warp's addition or product
     backlog: float = 3.0  # how far stores may run ahead of DRAM
 
     @property
@@ -56,7 +57,7 @@ MACHINES = {
     machine.name: machine
     for machine in (
         Machine(ARCHITECTURES["sm_90"], 25 * MB, 3000.0, 5500.0, 105.0, 1.755),
-        Machine(ARCHITECTURES["sm_80"], 20 * MB, 1400.0, 3600.0, 85.0, 1.41),
+        Machine(ARCHITECTURES["sm_80"], 20 * MB, 1400.0, 3600.0, 85.0, 1.41, fma=2),
         Machine(ARCHITECTURES["sm_89"], 36 * MB, 900.0, 3800.0, 130.0, 2.52, dram_latency=0.65, l2_latency=0.25),
     )
 }
@@ -186,11 +187,13 @@ class Simulator:
         return max(now, self._writes[multiprocessor], self._dram - machine.backlog)
 
     def _compute(self, multiprocessor: int, stretch: Stretch, turns: float, warps: int) -> float:
-        """When a stretch is done: by the pipes of all four quarters, side by side, and by what a warp issues alone."""
+        """When a stretch is done: by the pipes of all four quarters, side by side, and by what a warp takes alone."""
         machine, pipes = self.machine, self._pipes[multiprocessor]
-        done = self.now + stretch.instructions * turns * machine.cycles / machine.clock / 1000
+        clock = turns / machine.clock / 1000
+        done = self.now + max(stretch.instructions * machine.cycles, *stretch.clocks.values()) * clock
         for pipe, clocks in stretch.clocks.items():
-            pipes[pipe] = max(pipes[pipe], self.now) + clocks * turns * warps / (4 * machine.clock) / 1000
+            clocks *= machine.fma if pipe == "fma" else 1
+            pipes[pipe] = max(pipes[pipe], self.now) + clocks * warps / 4 * clock
             done = max(done, pipes[pipe])
         return done + stretch.barriers * turns * machine.barrier
 

@@ -22,6 +22,17 @@ def test_tiles_fit(choose, channels_last):
         assert 1 <= tile.num_warps <= 16
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_simam_holds_the_same_planes_whole_forward_and_backward(channels_last):
+    """What forward saves depends on it."""
+    for n, c, p, itemsize, sms in itertools.product((1, 32), CHANNELS, (*PIXELS, 512, 513), (2, 4, 8), (1, 132)):
+        for backward in (False, True):
+            tile = config.whole_plane_tile(n, c, p, itemsize, channels_last, sms, backward)
+            assert (tile.block_p >= p) == (p <= config.largest_plane(itemsize, channels_last))
+            assert tile.block_c >= config.BYTE or not channels_last
+            assert 1 <= tile.num_warps <= 16
+
+
 @pytest.mark.parametrize("a_thread", [32, 64])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_items_cover_every_plane(channels_last, a_thread):

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import attn_kernels
 from benchmarks.shapes import RESNET_50
 from benchmarks.speed import saved_bytes
+from reference.simam import simam as formula
 from tests.harness import LAYOUTS, MODULES, pair, real_input, run
 
 
@@ -80,6 +81,24 @@ def test_fp16_variance_does_not_overflow(device):
 def test_variance_of_a_far_mean_is_exact(device):
     x = 1000 + torch.randn(1, 3, 31, 33, device=device)  # E[x^2] - E[x]^2 would leave one digit
     torch.testing.assert_close(attn_kernels.SimAM()(x).double(), attn_kernels.SimAM()(x.double()), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("size", [4, 30])  # a plane that a program holds, and in channels_last one that it walks
+@pytest.mark.parametrize(("scale", "e_lambda"), [(1e-11, 0.0), (1e11, 1e-4)])
+def test_simam_of_tiny_and_huge_deviations(size, scale, e_lambda, device):
+    """1 / variance^2 would be no float32."""
+    x = (torch.randn(1, 8, size, size, device=device) * scale).to(memory_format=torch.channels_last).requires_grad_()
+    dy = torch.randn_like(x)
+    (dx,) = torch.autograd.grad(attn_kernels.SimAM(e_lambda=e_lambda)(x), x, dy)
+    wide = x.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(formula(wide, e_lambda), wide, dy.double())
+    torch.testing.assert_close(dx.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [4, 32])  # sums of powers of 2 are exact
+def test_simam_of_a_mean_whose_square_is_infinite(size, device):
+    x = torch.full((1, 8, size, size), 1e20, device=device).to(memory_format=torch.channels_last)
+    torch.testing.assert_close(attn_kernels.SimAM()(x), x * torch.sigmoid(torch.tensor(0.5, device=device)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

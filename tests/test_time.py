@@ -84,7 +84,7 @@ class TestStretches:
     def test_counts_what_is_issued(self):
         (code,) = self.parse("MUFU.EX2 R4, R5", "FADD R4, R4, R4", "LDS.128 R8, [R2]", "BAR.SYNC 0x0", "EXIT")
         assert (code.instructions, code.barriers) == (5, 1)
-        assert code.clocks == {"scheduler": 5, "transcendental": 8, "fma": 1, "memory": 16 + 1, "alu": 2}
+        assert code.clocks == {"scheduler": 5, "transcendental": 8, "fma": 1, "memory": 16, "control": 2}
 
 
 def code(in_flight=16, warps=4, registers=128):
@@ -114,6 +114,22 @@ class TestSimulator:
         loads = [Step("load", SOURCE, 2048, 2048, sectors=None) for _ in range(64)]
         slow, fast = (self.launch([loads], [0] * 132, in_flight=size).now for size in (16, 64))
         assert slow > 2.5 * fast
+
+    def test_pipes_work_side_by_side(self):
+        """32 programs of a multiprocessor: additions beside transcendental functions take no time of their own."""
+
+        def time(*instructions):
+            lines = "".join(f"/*0000*/ {text} ;\n" for text in ("LDG.E R4, desc[UR6][R2.64]", *instructions, "EXIT"))
+            (only,) = stretches('\t//## File "/x/kernel.py", line 7\n' + lines)
+            simulator = Simulator(H100)
+            made = MachineCode(32, 0, 0, 0, 4, 0, (), None, (only,))
+            step = Step("load", SOURCE, 512, 512)
+            simulator.launch(Recorded("kernel", 1, [(step,)], [(0, Place(0, 0))] * 132 * 32), made)
+            return simulator.now
+
+        roots, sums = ["MUFU.RSQ R5, R4"] * 1000, ["FADD R5, R4, R4"] * 3000
+        assert time(*roots, *sums) == pytest.approx(time(*roots), rel=0.05)
+        assert time(*roots, *sums) > 1.5 * time(*sums)
 
     def test_who_waits_goes_on_a_hop_behind_the_signal(self):
         early, late = (Step(kind, SOURCE, slots=(8,)) for kind in ("signal", "wait"))

@@ -49,12 +49,19 @@ def _inverse(b_m2, P, LAMBDA: tl.constexpr):
 
 @triton.jit
 def _attention(b_t, b_q):
-    """sigmoid(q t^2 + 0.5)."""
+    """s = sigmoid(q t^2 + 0.5), and 1 - s."""
     LOG2_E: tl.constexpr = 1.4426950408889634
-    b_denominator = 1 + tl.exp2(b_t * b_t * (-LOG2_E * b_q)[:, None] - 0.5 * LOG2_E)
+    b_exp = tl.exp2(b_t * b_t * (-LOG2_E * b_q)[:, None] - 0.5 * LOG2_E)
     # Of 1 to 1.6: the root and a square are two instructions, a division is ten.
-    b_root = tl.rsqrt(b_denominator)
-    return b_root * b_root
+    b_root = tl.rsqrt(1 + b_exp)
+    b_s = b_root * b_root
+    return b_s, b_exp * b_s
+
+
+@triton.jit
+def _gated(b_x, b_mean, b_q):
+    b_s, _ = _attention(b_x - b_mean[:, None], b_q)
+    return b_x * b_s
 
 
 @triton.jit
@@ -83,7 +90,7 @@ def simam_fwd_kernel(
     if WHOLE:
         b_x = load_tile(x_ptr, i_n, c, 0, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
         _, b_mean, b_m2 = _moments(b_x, 0, P, BLOCK_P)
-        b_y = b_x * _attention(b_x - b_mean[:, None], _inverse(b_m2, P, LAMBDA))
+        b_y = _gated(b_x, b_mean, _inverse(b_m2, P, LAMBDA))
         store_tail(b_y, y_ptr, residual_ptr, mask_ptr, i_n, c, 0, C, P, RELU, CHANNELS_LAST, BLOCK_C, BLOCK_P)
     else:
         b_mean = tl.zeros([BLOCK_C], ACC)
@@ -94,7 +101,7 @@ def simam_fwd_kernel(
             count, b_tile_mean, b_tile_m2 = _moments(b_tile, p, P, BLOCK_P)
             b_delta = b_tile_mean - b_mean
             b_mean += b_delta * (count / (p + count))
-            b_m2 += b_tile_m2 + b_delta * b_delta * (p * count / (p + count))
+            b_m2 += b_tile_m2 + b_delta * (b_delta * (p * count / (p + count)))  # 0 at first, also where delta^2 is not
         b_q = _inverse(b_m2, P, LAMBDA)
         if saved_ptr is not None:
             o_c = c + tl.arange(0, BLOCK_C)
@@ -103,7 +110,7 @@ def simam_fwd_kernel(
         for i in range(0, tl.cdiv(P, BLOCK_P)):
             p = (tl.cdiv(P, BLOCK_P) - 1 - i) * BLOCK_P  # backwards: the end of the planes was read last
             b_tile = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P, "evict_first")
-            b_y = b_tile * _attention(b_tile - b_mean[:, None], b_q)
+            b_y = _gated(b_tile, b_mean, b_q)
             store_tail(
                 b_y, y_ptr, residual_ptr, mask_ptr, i_n, c, p, C, P, RELU, CHANNELS_LAST, BLOCK_C, BLOCK_P,
                 "evict_first",
@@ -114,18 +121,18 @@ def simam_fwd_kernel(
 def _local_grads(b_dy, b_x, b_mean, b_q):
     """t, dx as far as it does not go through the moments, and sum_p(e t), sum_p(e t^2); e is 0 where dy is."""
     b_t = b_x - b_mean[:, None]
-    b_s = _attention(b_t, b_q)
+    b_s, b_rest = _attention(b_t, b_q)
     b_direct = b_dy * b_s
-    b_et = b_direct * b_x * (1 - b_s) * b_t
+    b_et = b_direct * b_x * b_rest * b_t
     return b_t, b_direct + b_et * (2 * b_q)[:, None], tl.sum(b_et, axis=1), tl.sum(b_et * b_t, axis=1)
 
 
 @triton.jit
-def _x_grad(b_t, b_local, b_q, b_et, b_ett, P):
+def _x_grad(b_t, b_local, b_q, b_sum_et, b_sum_ett, P):
     """dx, from the sums over whole planes."""
-    b_dt = 8 * b_q * b_q * b_ett / tl.maximum(P - 1, 1)
-    b_dmean = 2 * b_q * b_et / P
-    return b_local - b_t * b_dt[:, None] - b_dmean[:, None]
+    b_slope = 2 * b_q * (4 * b_q * b_sum_ett / tl.maximum(P - 1, 1))  # in this order, for q^2 may be no float32
+    b_dmean = 2 * b_q * b_sum_et / P
+    return b_local - b_t * b_slope[:, None] - b_dmean[:, None]
 
 
 @triton.jit
@@ -167,7 +174,7 @@ def simam_bwd_kernel(
         b_et = tl.zeros([BLOCK_C], ACC)
         b_ett = tl.zeros([BLOCK_C], ACC)
         for p in range(0, P, BLOCK_P):
-            b_g = load_tail_grad(dy_ptr, mask_ptr, dresidual_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+            b_g = load_tail_grad(dy_ptr, mask_ptr, None, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
             b_tile = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
             _, _, b_et_tile, b_ett_tile = _local_grads(b_g, b_tile, b_mean, b_q)
             b_et += b_et_tile
@@ -175,7 +182,7 @@ def simam_bwd_kernel(
         for i in range(0, tl.cdiv(P, BLOCK_P)):
             p = (tl.cdiv(P, BLOCK_P) - 1 - i) * BLOCK_P  # backwards, as in the forward pass
             b_g = load_tail_grad(
-                dy_ptr, mask_ptr, None, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P, "evict_first"
+                dy_ptr, mask_ptr, dresidual_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P, "evict_first"
             )  # fmt: skip
             b_tile = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P, "evict_first")
             b_t, b_local, _, _ = _local_grads(b_g, b_tile, b_mean, b_q)
