@@ -122,8 +122,9 @@ def _local_grads(b_dy, b_x, b_mean, b_q):
     """t, dx as far as it does not go through the moments, and sum_p(e t), sum_p(e t^2); e is 0 where dy is."""
     b_t = b_x - b_mean[:, None]
     b_s, b_rest = _attention(b_t, b_q)
+    b_xt = b_x * b_rest * b_t
     b_direct = b_dy * b_s
-    b_et = b_direct * b_x * b_rest * b_t
+    b_et = b_direct * b_xt
     return b_t, b_direct + b_et * (2 * b_q)[:, None], tl.sum(b_et, axis=1), tl.sum(b_et * b_t, axis=1)
 
 
