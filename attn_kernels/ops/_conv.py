@@ -18,27 +18,35 @@ PROGRAMS = 256
 
 
 @triton.jit
-def _tap(q, m_q, W, H, SIGN: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr):
-    """Sample, pixel and validity, [TAPS, BLOCK], of each tap of the convolution at the flat pixels q of (N, H, W)."""
-    t = tl.arange(0, TAPS)
+def _pixels(start, COUNT, H, W, BLOCK: tl.constexpr):
+    """Flat index in (N, H, W), validity, sample, row and column, [BLOCK], of the pixels from start on."""
+    q = start + tl.arange(0, BLOCK).to(tl.int64)
     n = q // (H * W)
-    p = q % (H * W)
-    h = (p // W)[None, :] + SIGN * (t // KERNEL - KERNEL // 2)[:, None]
-    w = (p % W)[None, :] + SIGN * (t % KERNEL - KERNEL // 2)[:, None]
-    m = m_q[None, :] & (t < KERNEL * KERNEL)[:, None] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-    return n[None, :], h * W + w, m
+    p = (q % (H * W)).to(tl.int32)
+    return q, q < COUNT, n, p // W, p % W
 
 
 @triton.jit
-def _load_taps(
-    weight_ptr, ACC: tl.constexpr, MAP_STRIDE: tl.constexpr, TAP_STRIDE: tl.constexpr, KERNEL: tl.constexpr,
-    TAPS: tl.constexpr,
-):  # fmt: skip
-    """The weights of the maximum's and of the mean's map, [TAPS]."""
+def _row_of_taps(map_ptr, n, m_q, h, w, i, H, W, MAPS: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr):
+    """Pointers into the first of MAPS of sample n, [TAPS, BLOCK], to what row i of the taps sees at pixels (h, w).
+
+    And validity. A tap looks back: the correlation that PyTorch calls a convolution turns its taps round. So neither
+    axis has consecutive addresses as far as Triton sees, and it gives each thread a pixel's whole row.
+    """
     t = tl.arange(0, TAPS)
-    m_t = t < KERNEL * KERNEL
-    b_wmax = tl.load(weight_ptr + t * TAP_STRIDE, mask=m_t, other=0).to(ACC)
-    b_wmean = tl.load(weight_ptr + MAP_STRIDE + t * TAP_STRIDE, mask=m_t, other=0).to(ACC)
+    row = h + KERNEL // 2 - i
+    column = w + KERNEL // 2
+    m = (m_q & (row >= 0) & (row < H))[None, :] & (t < KERNEL)[:, None]
+    m &= (column[None, :] - t[:, None] >= 0) & (column[None, :] - t[:, None] < W)
+    # Of 64 bits before the taps are subtracted, which then are a load's own offset.
+    return (map_ptr + (n * (MAPS * H * W) + row * W + column))[None, :] - t[:, None], m
+
+
+@triton.jit
+def _load_weights(weight_ptr, o_t, m_t, ACC: tl.constexpr, MAP_STRIDE: tl.constexpr, TAP_STRIDE: tl.constexpr):
+    """Of the taps o_t, for the maximum's and for the mean's map."""
+    b_wmax = tl.load(weight_ptr + o_t * TAP_STRIDE, mask=m_t, other=0).to(ACC)
+    b_wmean = tl.load(weight_ptr + MAP_STRIDE + o_t * TAP_STRIDE, mask=m_t, other=0).to(ACC)
     return b_wmax, b_wmean
 
 
@@ -60,25 +68,27 @@ def conv_fwd_kernel(
     """The convolution of two maps to one and, in the same pass, its statistics (Chan et al., 1983)."""
     ACC: tl.constexpr = z_ptr.dtype.element_ty
     pid = tl.program_id(0)
-    b_wmax, b_wmean = _load_taps(weight_ptr, ACC, MAP_STRIDE, TAP_STRIDE, KERNEL, TAPS)
+    t = tl.arange(0, TAPS)
     # The running statistics are kept as one-element tensors, so that they are the same type from the first pass on.
     seen = tl.zeros([1], ACC)
     mean = tl.zeros([1], ACC)
     m2 = tl.zeros([1], ACC)
     for start in range(pid * BLOCK, COUNT, tl.num_programs(0) * BLOCK):
-        q = start + tl.arange(0, BLOCK).to(tl.int64)
-        m_q = q < COUNT
-        n, p, m = _tap(q, m_q, W, H, 1, KERNEL, TAPS)
-        p_map = pools_ptr + n * (2 * H * W) + p
-        b_z = tl.load(p_map, mask=m, other=0) * b_wmax[:, None]
-        b_z += tl.load(p_map + H * W, mask=m, other=0) * b_wmean[:, None]
-        b_z = tl.sum(b_z, axis=0)
+        q, m_q, n, h, w = _pixels(start, COUNT, H, W, BLOCK)
+        b_z = tl.zeros([BLOCK], ACC)
+        for i in tl.range(0, KERNEL, num_stages=2):
+            p_map, m = _row_of_taps(pools_ptr, n, m_q, h, w, i, H, W, 2, KERNEL, TAPS)
+            o_t = KERNEL * KERNEL - 1 - i * KERNEL - t
+            b_wmax, b_wmean = _load_weights(weight_ptr, o_t, t < KERNEL, ACC, MAP_STRIDE, TAP_STRIDE)
+            b_taps = tl.load(p_map, mask=m, other=0) * b_wmax[:, None]
+            b_taps += tl.load(p_map + H * W, mask=m, other=0) * b_wmean[:, None]
+            b_z += tl.sum(b_taps, axis=0)
         tl.store(z_ptr + q, b_z, mask=m_q)
         count = tl.minimum(COUNT - start, BLOCK).to(ACC)
         tile_mean = tl.sum(b_z, axis=0) / count
-        b_t = tl.where(m_q, b_z - tile_mean, 0.0)
+        b_deviation = tl.where(m_q, b_z - tile_mean, 0.0)
         delta = tile_mean - mean
-        m2 += tl.sum(b_t * b_t, axis=0) + delta * delta * (seen * count / (seen + count))
+        m2 += tl.sum(b_deviation * b_deviation, axis=0) + delta * delta * (seen * count / (seen + count))
         mean += delta * (count / (seen + count))
         seen += count
     o_part = pid + tl.arange(0, 1)
@@ -111,13 +121,17 @@ def conv_bwd_kernel(
     TAPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Backward of BatchNorm and of the convolution, on maps."""
+    """Backward of BatchNorm and of the convolution, on maps.
+
+    The gradients dz of the outputs that see a pixel are those of its pools, times the taps; and those of the taps,
+    times its pools.
+    """
     ACC: tl.constexpr = z_ptr.dtype.element_ty
     pid = tl.program_id(0)
-    b_sum = tl.zeros([1024], ACC)
-    b_dot = tl.zeros([1024], ACC)
-    for i in range(0, programs, 1024):
-        o_part = i + tl.arange(0, 1024)
+    b_sum = tl.zeros([2048], ACC)
+    b_dot = tl.zeros([2048], ACC)
+    for i in range(0, programs, 2048):
+        o_part = i + tl.arange(0, 2048)
         b_sum += tl.load(part_ptr + o_part * 2, mask=o_part < programs, other=0)
         b_dot += tl.load(part_ptr + o_part * 2 + 1, mask=o_part < programs, other=0)
     dbias = tl.sum(b_sum, axis=0)
@@ -130,38 +144,40 @@ def conv_bwd_kernel(
     scale = invstd
     if weight_ptr is not None:
         scale = scale * tl.load(weight_ptr).to(ACC)
+    slope = dweight / COUNT * invstd
 
-    b_wmax, b_wmean = _load_taps(conv_weight_ptr, ACC, MAP_STRIDE, TAP_STRIDE, KERNEL, TAPS)
-    b_dwmax = tl.zeros([TAPS, BLOCK], ACC)
-    b_dwmean = tl.zeros([TAPS, BLOCK], ACC)
+    t = tl.arange(0, TAPS)
+    b_dwmax = tl.zeros([TAPS, TAPS], ACC)
+    b_dwmean = tl.zeros([TAPS, TAPS], ACC)
     for start in range(pid * BLOCK, COUNT, tl.num_programs(0) * BLOCK):
-        q = start + tl.arange(0, BLOCK).to(tl.int64)
-        m_q = q < COUNT
-        # The output pixels that each input pixel reaches.
-        n, p, m = _tap(q, m_q, W, H, -1, KERNEL, TAPS)
-        b_dz = tl.load(dlogit_ptr + n * (H * W) + p, mask=m, other=0)
-        if BATCH_STATISTICS:
-            b_normal = (tl.load(z_ptr + n * (H * W) + p, mask=m, other=0) - mean) * invstd
-            b_dz = tl.where(m, b_dz - (dbias + b_normal * dweight) / COUNT, 0.0)
-        b_dz *= scale
-        p_out = spatial_ptr + q // (H * W) * (3 * H * W) + q % (H * W)
-        tl.store(p_out + H * W, tl.sum(b_dz * b_wmax[:, None], axis=0), mask=m_q)
-        tl.store(p_out + 2 * H * W, tl.sum(b_dz * b_wmean[:, None], axis=0) / C, mask=m_q)
-        # The input pixels that each output pixel saw.
-        n, p, m = _tap(q, m_q, W, H, 1, KERNEL, TAPS)
-        b_dz = tl.load(dlogit_ptr + q, mask=m_q, other=0)
-        if BATCH_STATISTICS:
-            b_normal = (tl.load(z_ptr + q, mask=m_q, other=0) - mean) * invstd
-            b_dz = tl.where(m_q, b_dz - (dbias + b_normal * dweight) / COUNT, 0.0)
-        b_dz *= scale
-        p_map = pools_ptr + n * (2 * H * W) + p
-        b_dwmax += tl.load(p_map, mask=m, other=0) * b_dz[None, :]
-        b_dwmean += tl.load(p_map + H * W, mask=m, other=0) * b_dz[None, :]
-    o_t = tl.arange(0, TAPS)
-    m_t = o_t < KERNEL * KERNEL
-    p_dconv = dconv_ptr + pid * 2 * KERNEL * KERNEL + o_t
-    tl.store(p_dconv, tl.sum(b_dwmax, axis=1), mask=m_t)
-    tl.store(p_dconv + KERNEL * KERNEL, tl.sum(b_dwmean, axis=1), mask=m_t)
+        q, m_q, n, h, w = _pixels(start, COUNT, H, W, BLOCK)
+        p_pools = pools_ptr + q + n * (H * W)
+        b_max = tl.load(p_pools, mask=m_q, other=0)
+        b_mean = tl.load(p_pools + H * W, mask=m_q, other=0)
+        b_dmax = tl.zeros([BLOCK], ACC)
+        b_dmean = tl.zeros([BLOCK], ACC)
+        for i in tl.range(0, KERNEL, num_stages=2):
+            p_dlogit, m = _row_of_taps(dlogit_ptr, n, m_q, h, w, i, H, W, 1, KERNEL, TAPS)
+            b_dz = tl.load(p_dlogit, mask=m, other=0)
+            if BATCH_STATISTICS:
+                p_z, m = _row_of_taps(z_ptr, n, m_q, h, w, i, H, W, 1, KERNEL, TAPS)
+                b_dz -= dbias / COUNT + (tl.load(p_z, mask=m, other=0) - mean) * slope
+                b_dz = tl.where(m, b_dz, 0.0)
+            b_wmax, b_wmean = _load_weights(
+                conv_weight_ptr, i * KERNEL + t, t < KERNEL, ACC, MAP_STRIDE, TAP_STRIDE
+            )  # fmt: skip
+            b_dmax += tl.sum(b_dz * b_wmax[:, None], axis=0)
+            b_dmean += tl.sum(b_dz * b_wmean[:, None], axis=0)
+            is_row = (t == i)[:, None]
+            b_dwmax += tl.where(is_row, tl.sum(b_dz * b_max[None, :], axis=1)[None, :], 0.0)
+            b_dwmean += tl.where(is_row, tl.sum(b_dz * b_mean[None, :], axis=1)[None, :], 0.0)
+        p_out = spatial_ptr + q + n * (2 * H * W)
+        tl.store(p_out + H * W, b_dmax * scale, mask=m_q)
+        tl.store(p_out + 2 * H * W, b_dmean * scale / C, mask=m_q)
+    m_t = (t < KERNEL)[:, None] & (t < KERNEL)[None, :]
+    p_dconv = dconv_ptr + pid * 2 * KERNEL * KERNEL + t[:, None] * KERNEL + t[None, :]
+    tl.store(p_dconv, b_dwmax * scale, mask=m_t)
+    tl.store(p_dconv + KERNEL * KERNEL, b_dwmean * scale, mask=m_t)
 
 
 def programs(x: Tensor, weight: Tensor) -> int:
@@ -171,8 +187,8 @@ def programs(x: Tensor, weight: Tensor) -> int:
 
 
 def _block(weight: Tensor) -> int:
-    """Pixels a tile: a gather of 64-bit pointers costs registers."""
-    return max(config.TILE // 2 // config.next_power_of_2(weight.shape[-1] ** 2), 1)
+    """Pixels a tile: four a thread with a row of 8 taps."""
+    return max(config.TILE // config.next_power_of_2(weight.shape[-1]), 1)
 
 
 def _options(weight: Tensor) -> dict[str, int]:
@@ -184,9 +200,9 @@ def _options(weight: Tensor) -> dict[str, int]:
         "MAP_STRIDE": map_stride,
         "TAP_STRIDE": tap_stride,
         "KERNEL": kernel,
-        "TAPS": config.next_power_of_2(kernel * kernel),
+        "TAPS": config.next_power_of_2(kernel),
         "BLOCK": _block(weight),
-        "num_warps": 8,
+        "num_warps": 4,
     }
 
 
