@@ -19,27 +19,24 @@ PROGRAMS = 256
 
 @triton.jit
 def _pixels(start, COUNT, H, W, BLOCK: tl.constexpr):
-    """Flat index in (N, H, W), validity, sample, row and column, [BLOCK], of the pixels from start on."""
+    """Flat index in (N, H, W), validity, row and column, [BLOCK], of the pixels from start on."""
     q = start + tl.arange(0, BLOCK).to(tl.int64)
-    n = q // (H * W)
     p = (q % (H * W)).to(tl.int32)
-    return q, q < COUNT, n, p // W, p % W
+    return q, q < COUNT, p // W, p % W
 
 
 @triton.jit
-def _row_of_taps(map_ptr, n, m_q, h, w, i, H, W, MAPS: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr):
-    """Pointers into the first of MAPS of sample n, [TAPS, BLOCK], to what row i of the taps sees at pixels (h, w).
+def _row_of_taps(q, m_q, h, w, i, H, W, KERNEL: tl.constexpr, TAPS: tl.constexpr):
+    """What row i of the taps sees at pixels q: flat indices and validity, [TAPS, BLOCK].
 
-    And validity. A tap looks back: the correlation that PyTorch calls a convolution turns its taps round. So neither
-    axis has consecutive addresses as far as Triton sees, and it gives each thread a pixel's whole row.
+    A tap looks back: the correlation that PyTorch calls a convolution turns its taps round. So only pixels have
+    consecutive addresses, along which Triton then puts the threads, each with a pixel's whole row.
     """
     t = tl.arange(0, TAPS)
     row = h + KERNEL // 2 - i
-    column = w + KERNEL // 2
-    m = (m_q & (row >= 0) & (row < H))[None, :] & (t < KERNEL)[:, None]
-    m &= (column[None, :] - t[:, None] >= 0) & (column[None, :] - t[:, None] < W)
-    # Of 64 bits before the taps are subtracted, which then are a load's own offset.
-    return (map_ptr + (n * (MAPS * H * W) + row * W + column))[None, :] - t[:, None], m
+    column = (w + KERNEL // 2)[None, :] - t[:, None]
+    m = (m_q & (row >= 0) & (row < H))[None, :] & (t < KERNEL)[:, None] & (column >= 0) & (column < W)
+    return (q + ((KERNEL // 2 - i) * W + KERNEL // 2))[None, :] - t[:, None], m
 
 
 @triton.jit
@@ -52,7 +49,7 @@ def _load_weights(weight_ptr, o_t, m_t, ACC: tl.constexpr, MAP_STRIDE: tl.conste
 
 @triton.jit
 def conv_fwd_kernel(
-    pools_ptr,  # (N, 2, P): maximum, mean
+    pools_ptr,  # (2, N, P): maximum, mean
     part_ptr,  # (3, programs), written: count, mean and sum of squared deviations of the pixels of a program
     weight_ptr,  # (2, KERNEL, KERNEL), in either layout
     z_ptr,  # (N, P), written
@@ -74,14 +71,14 @@ def conv_fwd_kernel(
     mean = tl.zeros([1], ACC)
     m2 = tl.zeros([1], ACC)
     for start in range(pid * BLOCK, COUNT, tl.num_programs(0) * BLOCK):
-        q, m_q, n, h, w = _pixels(start, COUNT, H, W, BLOCK)
+        q, m_q, h, w = _pixels(start, COUNT, H, W, BLOCK)
         b_z = tl.zeros([BLOCK], ACC)
         for i in tl.range(0, KERNEL, num_stages=2):
-            p_map, m = _row_of_taps(pools_ptr, n, m_q, h, w, i, H, W, 2, KERNEL, TAPS)
+            o_map, m = _row_of_taps(q, m_q, h, w, i, H, W, KERNEL, TAPS)
             o_t = KERNEL * KERNEL - 1 - i * KERNEL - t
             b_wmax, b_wmean = _load_weights(weight_ptr, o_t, t < KERNEL, ACC, MAP_STRIDE, TAP_STRIDE)
-            b_taps = tl.load(p_map, mask=m, other=0) * b_wmax[:, None]
-            b_taps += tl.load(p_map + H * W, mask=m, other=0) * b_wmean[:, None]
+            b_taps = tl.load(pools_ptr + o_map, mask=m, other=0) * b_wmax[:, None]
+            b_taps += tl.load(pools_ptr + COUNT + o_map, mask=m, other=0) * b_wmean[:, None]
             b_z += tl.sum(b_taps, axis=0)
         tl.store(z_ptr + q, b_z, mask=m_q)
         count = tl.minimum(COUNT - start, BLOCK).to(ACC)
@@ -100,7 +97,7 @@ def conv_fwd_kernel(
 @triton.jit
 def conv_bwd_kernel(
     z_ptr,  # (N, P) and, behind it, its mean and 1 / standard deviation
-    pools_ptr,  # (N, 2, P): maximum, mean
+    pools_ptr,  # (2, N, P): maximum, mean
     dlogit_ptr,  # (N, P)
     part_ptr,  # (programs, 2): sums of dlogit and of dlogit * normalised z
     conv_weight_ptr,  # (2, KERNEL, KERNEL), in either layout
@@ -128,10 +125,10 @@ def conv_bwd_kernel(
     """
     ACC: tl.constexpr = z_ptr.dtype.element_ty
     pid = tl.program_id(0)
-    b_sum = tl.zeros([2048], ACC)
-    b_dot = tl.zeros([2048], ACC)
-    for i in range(0, programs, 2048):
-        o_part = i + tl.arange(0, 2048)
+    b_sum = tl.zeros([1024], ACC)
+    b_dot = tl.zeros([1024], ACC)
+    for i in range(0, programs, 1024):
+        o_part = i + tl.arange(0, 1024)
         b_sum += tl.load(part_ptr + o_part * 2, mask=o_part < programs, other=0)
         b_dot += tl.load(part_ptr + o_part * 2 + 1, mask=o_part < programs, other=0)
     dbias = tl.sum(b_sum, axis=0)
@@ -150,18 +147,16 @@ def conv_bwd_kernel(
     b_dwmax = tl.zeros([TAPS, TAPS], ACC)
     b_dwmean = tl.zeros([TAPS, TAPS], ACC)
     for start in range(pid * BLOCK, COUNT, tl.num_programs(0) * BLOCK):
-        q, m_q, n, h, w = _pixels(start, COUNT, H, W, BLOCK)
-        p_pools = pools_ptr + q + n * (H * W)
-        b_max = tl.load(p_pools, mask=m_q, other=0)
-        b_mean = tl.load(p_pools + H * W, mask=m_q, other=0)
+        q, m_q, h, w = _pixels(start, COUNT, H, W, BLOCK)
+        b_max = tl.load(pools_ptr + q, mask=m_q, other=0)
+        b_mean = tl.load(pools_ptr + COUNT + q, mask=m_q, other=0)
         b_dmax = tl.zeros([BLOCK], ACC)
         b_dmean = tl.zeros([BLOCK], ACC)
         for i in tl.range(0, KERNEL, num_stages=2):
-            p_dlogit, m = _row_of_taps(dlogit_ptr, n, m_q, h, w, i, H, W, 1, KERNEL, TAPS)
-            b_dz = tl.load(p_dlogit, mask=m, other=0)
+            o_map, m = _row_of_taps(q, m_q, h, w, i, H, W, KERNEL, TAPS)
+            b_dz = tl.load(dlogit_ptr + o_map, mask=m, other=0)
             if BATCH_STATISTICS:
-                p_z, m = _row_of_taps(z_ptr, n, m_q, h, w, i, H, W, 1, KERNEL, TAPS)
-                b_dz -= dbias / COUNT + (tl.load(p_z, mask=m, other=0) - mean) * slope
+                b_dz -= dbias / COUNT + (tl.load(z_ptr + o_map, mask=m, other=0) - mean) * slope
                 b_dz = tl.where(m, b_dz, 0.0)
             b_wmax, b_wmean = _load_weights(
                 conv_weight_ptr, i * KERNEL + t, t < KERNEL, ACC, MAP_STRIDE, TAP_STRIDE
@@ -171,7 +166,7 @@ def conv_bwd_kernel(
             is_row = (t == i)[:, None]
             b_dwmax += tl.where(is_row, tl.sum(b_dz * b_max[None, :], axis=1)[None, :], 0.0)
             b_dwmean += tl.where(is_row, tl.sum(b_dz * b_mean[None, :], axis=1)[None, :], 0.0)
-        p_out = spatial_ptr + q + n * (2 * H * W)
+        p_out = spatial_ptr + q + q // (H * W) * (2 * H * W)
         tl.store(p_out + H * W, b_dmax * scale, mask=m_q)
         tl.store(p_out + 2 * H * W, b_dmean * scale / C, mask=m_q)
     m_t = (t < KERNEL)[:, None] & (t < KERNEL)[None, :]

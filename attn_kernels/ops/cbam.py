@@ -61,6 +61,7 @@ def _channel_pool(
     given_up,
     i_n,
     p,
+    N,
     C,
     P,
     CHANNELS_LAST: tl.constexpr,
@@ -87,9 +88,9 @@ def _channel_pool(
         b_u = tl.where((o_c < C)[:, None], b_u, float("-inf"))
         b_max, b_arg = _channel.running_max(b_max, b_arg, b_u, o_c[:, None])
     b_top, b_first = _channel.first_max(b_max, b_arg, 0)
-    p_map = pools_ptr + i_n * 2 * P + o_p
+    p_map = pools_ptr + i_n * P + o_p
     tl.store(p_map, b_top, mask=m_p)
-    tl.store(p_map + P, tl.sum(b_sum, axis=0) / C, mask=m_p)
+    tl.store(p_map + tl.cast(N, tl.int64) * P, tl.sum(b_sum, axis=0) / C, mask=m_p)
     if argmax_ptr is not None:
         tl.store(argmax_ptr + i_n * P + o_p, b_first, mask=m_p)
 
@@ -107,7 +108,7 @@ def pools_kernel(
     slots,  # where they begin in scratch
     stamp,
     phase,  # in a launch of one
-    pools_ptr,  # (N, 2, P), written: maximum, mean
+    pools_ptr,  # (2, N, P), written: maximum, mean
     spatial_argmax_ptr,  # (N, P), written, or None
     N,
     groups,
@@ -142,7 +143,7 @@ def pools_kernel(
         pid = tl.program_id(0)
         i_n = (pid // blocks).to(tl.int64)
         _channel_pool(
-            x_ptr, None, pools_ptr, spatial_argmax_ptr, False, i_n, pid % blocks * POOL_P, C, P,
+            x_ptr, None, pools_ptr, spatial_argmax_ptr, False, i_n, pid % blocks * POOL_P, N, C, P,
             CHANNELS_LAST, POOL_C, POOL_P,
         )  # fmt: skip
     else:
@@ -199,7 +200,7 @@ def pools_kernel(
             if i_n < N:
                 _channel_pool(
                     x_ptr, scratch_ptr, pools_ptr, spatial_argmax_ptr, given_up, i_n,
-                    (item - ahead) % blocks * POOL_P, C, P, CHANNELS_LAST, POOL_C, POOL_P,
+                    (item - ahead) % blocks * POOL_P, N, C, P, CHANNELS_LAST, POOL_C, POOL_P,
                 )  # fmt: skip
 
 
@@ -307,7 +308,7 @@ def dspatial_kernel(
     weight_ptr,  # (1,) or None
     bias_ptr,  # (1,) or None
     spatial_ptr,  # (N, 3, P), its first map written: the spatial gate
-    pools_ptr,  # (N, 2, P), written: maximum, mean
+    pools_ptr,  # (2, N, P), written: maximum, mean
     dlogit_ptr,  # (N, P), written
     part_ptr,  # (programs, 2), written: sums of dlogit and of dlogit * normalised z
     N,
@@ -341,9 +342,9 @@ def dspatial_kernel(
     b_max = load_elements(x_ptr, i_n, b_argmax, o_p, m_p, C, P, ACC, CHANNELS_LAST)
     if gate_ptr is not None:
         b_max *= tl.load(gate_ptr + i_n * C + b_argmax, mask=m_p, other=0)
-    p_pools = pools_ptr + i_n * 2 * P + o_p
+    p_pools = pools_ptr + i_n * P + o_p
     tl.store(p_pools, b_max, mask=m_p)
-    tl.store(p_pools + P, tl.sum(b_mean, axis=0) / C, mask=m_p)
+    tl.store(p_pools + tl.cast(N, tl.int64) * P, tl.sum(b_mean, axis=0) / C, mask=m_p)
     b_z = tl.load(z_ptr + i_n * P + o_p, mask=m_p, other=0)
     mean = tl.load(z_ptr + N * P)
     invstd = tl.load(z_ptr + N * P + 1)
@@ -381,7 +382,7 @@ def _forward(
     plan, tile = channel_plan(x, hidden), pixel_tile(x)
     grid = (n * config.cdiv(h * w, tile.block_p),)
     z, spatial_argmax = _empty_maps(x)
-    channel_pools, parts = z.new_empty((n, 2, h, w)), z.new_empty((3, _conv.programs(x, conv_weight)))
+    channel_pools, parts = z.new_empty((2, n, h, w)), z.new_empty((3, _conv.programs(x, conv_weight)))
     saved = argmax = scratch = slots = None
     phases = {"parts": grid[0], "join": 0}
     joined = _channel.is_joined(hidden, pools, plan)
@@ -534,7 +535,7 @@ def _backward(
     dy, mask = like(dy, x), mask if relu else None
     tile = pixel_tile(x)
     programs = n * config.cdiv(h * w, tile.block_p)
-    spatial, channel_pools, dlogit = (z.new_empty((n, maps, h, w)) for maps in (3, 2, 1))
+    spatial, channel_pools, dlogit = z.new_empty((n, 3, h, w)), z.new_empty((2, n, h, w)), z.new_empty((n, h, w))
     parts = z.new_empty((programs, 2))
     channel_gate = pools, "relu", "sigmoid"
     scratch = None, None
