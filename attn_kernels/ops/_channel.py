@@ -47,21 +47,39 @@ AVERAGE = 1
 
 
 @triton.jit
+def _bits(b):
+    return b.to(tl.int64 if b.dtype == tl.float64 else tl.int32, bitcast=True)
+
+
+@triton.jit
+def nowhere(m, ACC: tl.constexpr):
+    """What added to a value makes it one for :func:`running_max`: nothing where m, -inf elsewhere. -0 becomes 0."""
+    return tl.where(m, 0.0, float("-inf")).to(ACC)
+
+
+@triton.jit
 def running_max(b_max, b_arg, b_x, o_x):
-    """Lane by lane: only a greater value, or the first NaN, takes the place of an earlier one."""
-    better = (b_x > b_max) | ((b_x != b_x) & (b_max == b_max))
-    return tl.where(better, b_x, b_max), tl.where(better, o_x, b_arg)
+    """Lane by lane: only a greater value, or the first NaN, takes the place of an earlier one. No x is -0."""
+    # A maximum that is NaN stays the same NaN, so that whether bits change tells whether it is a new one. To compare
+    # values with NaN in mind takes twice as many instructions.
+    b_new = tl.maximum(b_max, b_x, propagate_nan=tl.PropagateNan.ALL)
+    return b_new, tl.where(_bits(b_new) != _bits(b_max), o_x, b_arg)
+
+
+# More than any index of a maximum.
+_NO_INDEX = tl.constexpr(1 << 30)
 
 
 @triton.jit
 def first_max(b_max, b_arg, AXIS: tl.constexpr):
     """The maximum of lanes along an axis and its lowest index; NaN, the first one, counts as the greatest."""
+    # NaN as an infinity whose index comes before those of the others.
     nan = b_max != b_max
-    first_nan = tl.min(tl.where(nan, b_arg, 0x7FFFFFFF), axis=AXIS)
-    b_top = tl.max(tl.where(nan, float("-inf"), b_max), axis=AXIS)
-    first = tl.min(tl.where(b_max == tl.expand_dims(b_top, AXIS), b_arg, 0x7FFFFFFF), axis=AXIS)
-    has_nan = first_nan != 0x7FFFFFFF
-    return tl.where(has_nan, float("nan"), b_top), tl.where(has_nan, first_nan, first)
+    b_max = tl.where(nan, float("inf"), b_max)
+    b_arg = tl.where(nan, b_arg - _NO_INDEX, b_arg)
+    b_top = tl.max(b_max, axis=AXIS)
+    first = tl.min(tl.where(b_max == tl.expand_dims(b_top, AXIS), b_arg, _NO_INDEX), axis=AXIS)
+    return tl.where(first < 0, float("nan"), b_top), tl.where(first < 0, first + _NO_INDEX, first)
 
 
 @triton.jit
@@ -150,6 +168,7 @@ def squeeze(
     FIRST: tl.constexpr = ALL * (AVG + MAX)  # pools that are stored before lp and lse
     TOP: tl.constexpr = MAX or LSE
     Q: tl.constexpr = AVG + TOP + LP + LSE
+    BLOCK_S: tl.constexpr = 2048 // BLOCK_C if BLOCK_C < 1024 else 2
     J = tl.cdiv(C, BLOCK_C)
     i_j = item // S
     i_s = item % S
@@ -179,8 +198,7 @@ def squeeze(
             if LP:
                 b_square += b_x * b_x
             if TOP:
-                b_x = tl.where((o_p < P)[None, :], b_x, float("-inf"))
-                b_max, b_arg = running_max(b_max, b_arg, b_x, o_p[None, :])
+                b_max, b_arg = running_max(b_max, b_arg, b_x + nowhere(o_p < P, ACC)[None, :], o_p[None, :])
         b_avg = tl.zeros([BLOCK_C], ACC)
         b_top = tl.full([BLOCK_C], float("-inf"), ACC)
         b_first = tl.zeros([BLOCK_C], tl.int32)
@@ -231,27 +249,35 @@ def squeeze(
                 parts = S
                 if slots_ptr is not None:
                     parts = tl.where(wait(slots_ptr + i_j * S, S - 1, given_up_ptr, stamp), 0, S)
-                for s in range(0, parts):
-                    p_s = p_stats + s * Q * C
+                # A tile of parts at a time: one after another they would be a chain of round trips to L2.
+                for s in range(0, parts, BLOCK_S):
+                    o_s = s + tl.arange(0, BLOCK_S)[None, :]
+                    m_s = m_c[:, None] & (o_s < S)
+                    p_s = p_stats[:, None] + o_s * Q * C
                     if AVG:
-                        b_avg += tl.load(p_s, mask=m_c, other=0, cache_modifier=".cg")
+                        b_avg += tl.sum(tl.load(p_s, mask=m_s, other=0, cache_modifier=".cg"), axis=1)
                     if TOP:
-                        b_s = tl.load(p_s + AVG * C, mask=m_c, other=0, cache_modifier=".cg")
-                        b_i = b_first
+                        b_s = tl.load(p_s + AVG * C, mask=m_s, other=float("-inf"), cache_modifier=".cg")
+                        b_i = tl.zeros([BLOCK_C, BLOCK_S], tl.int32)
                         if MAX:
-                            b_i = tl.load(arg_ptr + p_arg + s * C, mask=m_c, other=0, cache_modifier=".cg")
+                            p_i = arg_ptr + p_arg[:, None] + o_s * C
+                            b_i = tl.load(p_i, mask=m_s, other=0, cache_modifier=".cg")
+                        b_s, b_i = first_max(b_s, b_i, 1)
                         # The first of -inf only is a maximum as well.
                         b_first = tl.where(s == 0, b_i, b_first)
                         b_top, b_first = running_max(b_top, b_first, b_s, b_i)
                     if LP:
-                        b_lp += tl.load(p_s + (AVG + TOP) * C, mask=m_c, other=0, cache_modifier=".cg")
+                        b_square = tl.load(p_s + (AVG + TOP) * C, mask=m_s, other=0, cache_modifier=".cg")
+                        b_lp += tl.sum(b_square, axis=1)
                 if LSE:
-                    shift = _top_shift(b_top)
-                    for s in range(0, parts):
-                        p_s = p_stats + s * Q * C
-                        b_s = tl.load(p_s + AVG * C, mask=m_c, other=0, cache_modifier=".cg")
-                        b_e = tl.load(p_s + (AVG + TOP + LP) * C, mask=m_c, other=1, cache_modifier=".cg")
-                        b_exp += b_e * tl.exp(_top_shift(b_s) - shift)
+                    shift = _top_shift(b_top)[:, None]
+                    for s in range(0, parts, BLOCK_S):
+                        o_s = s + tl.arange(0, BLOCK_S)[None, :]
+                        m_s = m_c[:, None] & (o_s < S)
+                        p_s = p_stats[:, None] + o_s * Q * C
+                        b_s = tl.load(p_s + AVG * C, mask=m_s, other=0, cache_modifier=".cg")
+                        b_e = tl.load(p_s + (AVG + TOP + LP) * C, mask=m_s, other=0, cache_modifier=".cg")
+                        b_exp += tl.sum(tl.where(m_s, b_e * tl.exp(_top_shift(b_s) - shift), 0.0), axis=1)
                 b_avg = unless(parts == 0, b_avg)
                 b_top = unless(parts == 0, b_top)
                 b_lp = unless(parts == 0, b_lp)

@@ -651,6 +651,7 @@ def launch_dx(
             BLOCK_W=config.WEIGHT_BLOCK,
             **tile_options(x, plan.tile),
             num_stages=1,  # prefetching the weights spills
-            maxnreg=128,
+            # Three programs of 8 warps a multiprocessor; the maps of a spatial gate, or 4 warps, take more registers.
+            maxnreg=80 if hidden and spatial is None and pools != AVERAGE and plan.tile.num_warps == 8 else 128,
         )
     return dx, dresidual

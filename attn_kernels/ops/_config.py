@@ -15,8 +15,8 @@ TILE = 4096
 SECTOR = 32
 # Elements along the unit stride that a tile holds at least: one byte of the bits that a ReLU leaves.
 BYTE = 8
-# Bytes of x that a program of a launch in two phases reads at most where it can choose. What lies between the phases,
-# of three programs a multiprocessor, is then 12.4 MB on an H100, whose L2 has 50.
+# Bytes of x that a program of a launch in two phases reads at most where it can choose; twice as many where it pools
+# more than averages, whose lanes meet in four times as many instructions.
 ITEM_BYTES = 32 * 1024
 # Stages of the loop that pools x, by bytes an element: one more than the tiles that a program asks for ahead.
 STAGES = {2: 4, 4: 3, 8: 1}
@@ -134,12 +134,15 @@ def channel_plan(
     channels_last: bool,
     multiprocessors: int,
     single_launch: bool = True,
-    a_thread: int = 32,
+    averages: bool = False,
+    tile_elements: int = TILE,
 ) -> ChannelPlan:
     """For the channel gate, whose MLP has ``hidden`` units, 0 where there is none.
 
-    ``a_thread`` bytes of x a thread decide the number of warps, and nothing else.
+    Where it pools ``averages`` alone a thread has registers for 64 bytes of x; beside other pools, or the maps of a
+    spatial gate, 64 spill. Then its programs have larger items, too, and fewer of them run at once.
     """
+    a_thread, item_bytes, resident = (64, ITEM_BYTES, 3) if averages else (32, 2 * ITEM_BYTES, 2)
     tile = plane_tile(n, c, p, itemsize, channels_last, multiprocessors, True)
     block_c, block_p, samples, splits = tile.block_c, tile.block_p, 1, 0
     if hidden and c > BYTE:
@@ -154,6 +157,8 @@ def channel_plan(
         if samples > 1:
             block_c, splits = narrow_c, 1
             block_p = min(max(next_power_of_2(p), BYTE), max(TILE // block_c, 1))
+    if samples == 1:
+        block_p = min(block_p, max(tile_elements // block_c, BYTE))
     block_h = hidden_block(hidden, block_c)
     tile = Tile.of(block_c, block_p, c if channels_last else p, itemsize, a_thread)
     if hidden:
@@ -163,13 +168,13 @@ def channel_plan(
         tile = replace(tile, num_warps=max(tile.num_warps, 8 if several else 4))
     blocks, tiles = cdiv(c, block_c), cdiv(p, block_p)
     # Every part reads its weights anew, 4 bytes a channel and unit of each layer: larger parts where they outweigh x.
-    most = max(max(ITEM_BYTES, 8 * block_c * hidden) // (block_c * block_p * itemsize), 1)
+    most = max(max(item_bytes, 8 * block_c * hidden) // (block_c * block_p * itemsize), 1)
     least = max(n * blocks * tiles // (4 * multiprocessors), 1)
     chunk = cdiv(tiles, splits or cdiv(tiles, min(most, least))) * block_p
     splits, groups = cdiv(p, chunk), cdiv(n, samples)
-    # The first phase is as many groups ahead as three programs a multiprocessor do at once: they are done when the
-    # second gets there.
-    lead = 3 * multiprocessors // cdiv(max(blocks * splits * ITEM_BYTES, samples * c * p * itemsize), ITEM_BYTES)
+    # The first phase is as many groups ahead as run at once: they are done when the second gets there. That is 12.4 to
+    # 16.5 MB of x on an H100, whose L2 has 50.
+    lead = resident * multiprocessors // cdiv(max(blocks * splits * item_bytes, samples * c * p * itemsize), item_bytes)
     lead = min(max(lead, 1), groups)
     stages = STAGES[itemsize] if chunk > block_p else 1
     return ChannelPlan(tile, samples, chunk, splits, blocks, groups, lead, block_h, stages, single_launch)
@@ -186,6 +191,14 @@ def pixel_tile(n: int, c: int, p: int, itemsize: int, channels_last: bool, multi
         block_p //= 2
     block_c = min(most_c, TILE // block_p)
     return Tile.of(block_c, block_p, c if channels_last else p, itemsize)
+
+
+@functools.lru_cache
+def pools_tile(n: int, c: int, p: int, itemsize: int, channels_last: bool, multiprocessors: int) -> Tile:
+    """For CBAM's pools over channels: as :func:`pixel_tile`, but 16 elements a thread, each with three accumulators."""
+    tile = pixel_tile(n, c, p, itemsize, channels_last, multiprocessors)
+    block_c = max(min(tile.block_c, TILE // 2 // tile.block_p), 1)
+    return Tile(block_c, tile.block_p, max(block_c * tile.block_p // (32 * 16), 1))
 
 
 def _least_channels(itemsize: int, channels_last: bool) -> int:

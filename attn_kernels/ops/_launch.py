@@ -71,15 +71,27 @@ def scale_options(x: Tensor, relu: bool) -> dict[str, int | None]:
     return {"maxnreg": limits.get(x.element_size()) if relu else None}
 
 
-def channel_plan(x: Tensor, hidden: int, averages: bool = False) -> config.ChannelPlan:
-    """For the channel gate of x; ``averages``: it pools averages alone, and there is no spatial gate behind it.
+def pools_tile(x: Tensor) -> config.Tile:
+    """For CBAM's pools over channels."""
+    return _tile(config.pools_tile, x)
 
-    Averages leave a thread registers for 64 bytes of x; beside other pools, or the maps of a spatial gate, 64 spill.
-    """
+
+def channel_plan(
+    x: Tensor, hidden: int, averages: bool = False, tile_elements: int = config.TILE
+) -> config.ChannelPlan:
+    """For the channel gate of x; ``averages``: it pools averages alone, and there is no spatial gate behind it."""
     n, c, h, w = x.shape
-    a_thread = 64 if averages else 32
     return config.channel_plan(
-        n, c, h * w, hidden, x.element_size(), is_channels_last(x), multiprocessors(x), SINGLE_LAUNCH, a_thread
+        n,
+        c,
+        h * w,
+        hidden,
+        x.element_size(),
+        is_channels_last(x),
+        multiprocessors(x),
+        SINGLE_LAUNCH,
+        averages,
+        tile_elements,
     )
 
 

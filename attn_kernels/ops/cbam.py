@@ -2,9 +2,11 @@
 
 Woo et al., ECCV 2018, equations 1 to 3. N = bytes of x; maps of one value a pixel are small beside it.
 
-Forward, 3 launches, 3N (+ N residual): the channel gate reads x and, while it is still in
-L2 (see _phases.py), the channel pool reads it again; the convolution and the batch's statistics on maps (see
-_conv.py); the scale reads x and writes y. u itself is never written.
+Forward, 4 launches, 4N (+ N residual): the channel gates read x; the pools over the channels read it again; the
+convolution and the batch's statistics on maps (see _conv.py); the scale reads x and writes y. u itself is never
+written. Each walks over x in the other direction than the one before it, and finds in L2 what that read last. (Pools
+that wait for the gates in one launch would read x from L2 alone: 3N. But programs that pool, wait and pool again are
+few at a time, and took twice as long in the model, see benchmarks/NOTES.md.)
 Backward, 5 launches, 5N (+ N dresidual): the channel gates again; the spatial gate's gradient, with its pools again,
 reads dy and x; the convolution's backward, 2, on maps; the channel gate's, with the weights', reads dy and x, dy again
 from L2, and writes dx.
@@ -15,6 +17,7 @@ one bit an element.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -26,7 +29,14 @@ from torch import Tensor, nn
 from attn_kernels.ops import _channel, _channel_bwd, _conv, _norm
 from attn_kernels.ops import _config as config
 from attn_kernels.ops._device import aligned, load_elements, load_tail_grad, load_tile, store_tail, update_running
-from attn_kernels.ops._launch import GATE_OPTIONS, channel_plan, pixel_tile, scale_options, tile_options
+from attn_kernels.ops._launch import (
+    GATE_OPTIONS,
+    channel_plan,
+    pixel_tile,
+    pools_tile,
+    scale_options,
+    tile_options,
+)
 from attn_kernels.ops._library import (
     contiguous,
     dense,
@@ -44,72 +54,28 @@ from attn_kernels.ops._phases import (
     new_stamp,
     phase_item,
     slots_pointer,
-    unless,
     wait,
     work_item,
 )
 from reference._common import accumulation_dtype
 from reference.cbam import channel_gate, spatial_gate
 
-
-@triton.jit
-def _channel_pool(
-    x_ptr,
-    gate_ptr,
-    pools_ptr,
-    argmax_ptr,
-    given_up,
-    i_n,
-    p,
-    N,
-    C,
-    P,
-    CHANNELS_LAST: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
-    """Maximum, its lowest channel, and mean over the channels of x * gate, of BLOCK_P pixels. Reads x.
-
-    NaN, and the lowest channel, where the gate was given up.
-    """
-    ACC: tl.constexpr = pools_ptr.dtype.element_ty
-    o_p = p + tl.arange(0, BLOCK_P)
-    m_p = o_p < P
-    b_sum = tl.zeros([BLOCK_C, BLOCK_P], ACC)
-    b_max = tl.full([BLOCK_C, BLOCK_P], float("-inf"), ACC)
-    b_arg = tl.zeros([BLOCK_C, BLOCK_P], tl.int32) + tl.arange(0, BLOCK_C)[:, None]
-    for c in range(0, C, BLOCK_C):
-        o_c = c + tl.arange(0, BLOCK_C)
-        b_u = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-        if gate_ptr is not None:
-            b_gate = tl.load(gate_ptr + i_n * C + o_c, mask=o_c < C, other=0, cache_modifier=".cg")
-            b_u *= unless(given_up, b_gate)[:, None]
-        b_sum += b_u
-        b_u = tl.where((o_c < C)[:, None], b_u, float("-inf"))
-        b_max, b_arg = _channel.running_max(b_max, b_arg, b_u, o_c[:, None])
-    b_top, b_first = _channel.first_max(b_max, b_arg, 0)
-    p_map = pools_ptr + i_n * P + o_p
-    tl.store(p_map, b_top, mask=m_p)
-    tl.store(p_map + tl.cast(N, tl.int64) * P, tl.sum(b_sum, axis=0) / C, mask=m_p)
-    if argmax_ptr is not None:
-        tl.store(argmax_ptr + i_n * P + o_p, b_first, mask=m_p)
+POOL_STAGES = int(os.environ.get("PS", "1"))
 
 
 @triton.jit(do_not_specialize=["slots", "stamp", "phase", "N", "groups", "lead"], do_not_specialize_on_alignment=["S"])
-def pools_kernel(
+def channel_gates_kernel(
     x_ptr,  # (N, C, P)
-    w1_ptr,  # (H, C), or None where there is no channel gate
+    w1_ptr,  # (H, C)
     b1_ptr,  # (H,) or None
     w2_ptr,  # (C, H)
     b2_ptr,  # (C,) or None
-    saved_ptr,  # pre (N, K, H), pool (N, L, C), written, or None where there is no channel gate
+    saved_ptr,  # pre (N, K, H), pool (N, L, C), written
     argmax_ptr,  # (N, C), written if MAX, or None
     scratch_ptr,  # gate (N, C) and all of forward_pointers, written
     slots,  # where they begin in scratch
     stamp,
     phase,  # in a launch of one
-    pools_ptr,  # (2, N, P), written: maximum, mean
-    spatial_argmax_ptr,  # (N, P), written, or None
     N,
     groups,
     lead,
@@ -132,76 +98,101 @@ def pools_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    POOL_C: tl.constexpr,
-    POOL_P: tl.constexpr,
 ):
-    """The channel gate, and the pools over the channels of x * gate. Reads x twice, the second time from L2."""
+    """The channel gates. Reads x."""
     C, P = aligned(C, P, UNIT, CHANNELS_LAST)
     K: tl.constexpr = AVG + MAX + LP + LSE
-    blocks = tl.cdiv(P, POOL_P)
-    if saved_ptr is None:
-        pid = tl.program_id(0)
-        i_n = (pid // blocks).to(tl.int64)
-        _channel_pool(
-            x_ptr, None, pools_ptr, spatial_argmax_ptr, False, i_n, pid % blocks * POOL_P, N, C, P,
-            CHANNELS_LAST, POOL_C, POOL_P,
-        )  # fmt: skip
+    J = tl.cdiv(C, BLOCK_C)
+    pool_ptr = _channel.pool_pointer(saved_ptr, N, H, K)
+    first_items = J * S
+    parts = first_items
+    if JOINED:
+        parts = J
+    part_ptr, stats_ptr, arg_ptr = _channel.forward_pointers(
+        scratch_ptr + tl.cast(N, tl.int64) * C, N, C, H, parts, S, K, MAX
+    )
+    # In the second phase the hidden layer comes first, then the gates, a block of channels an item.
+    hidden_items = tl.cdiv(SAMPLES * K * H, BLOCK_E)
+    second_items = hidden_items + J
+    p_first = None
+    given_up_ptr = None
+    if SINGLE:
+        second, group, item = work_item(tl.program_id(0), groups, lead, first_items, second_items, second_items)
+        given_up_ptr = slots_pointer(scratch_ptr, slots)
+        p_first = given_up_ptr + 1 + group * first_items
+        p_hidden = given_up_ptr + 1 + groups * first_items + group * hidden_items
     else:
-        J = tl.cdiv(C, BLOCK_C)
-        pool_ptr = _channel.pool_pointer(saved_ptr, N, H, K)
-        first_items = J * S
-        parts = first_items
-        if JOINED:
-            parts = J
-        part_ptr, stats_ptr, arg_ptr = _channel.forward_pointers(
-            scratch_ptr + tl.cast(N, tl.int64) * C, N, C, H, parts, S, K, MAX
-        )
-        # In the second phase the hidden layer comes first, then the gates, a block of channels an item.
-        hidden_items = tl.cdiv(SAMPLES * K * H, BLOCK_E)
-        ahead = hidden_items + J
-        second_items = ahead + SAMPLES * blocks
-        p_first = None
-        given_up_ptr = None
+        second, group, item = phase_item(
+            tl.program_id(0), phase, S, first_items, hidden_items, second_items, second_items
+        )  # fmt: skip
+    given_up = phase < 0  # no
+    if not second:
+        _channel.squeeze(
+            x_ptr, w1_ptr, stats_ptr, arg_ptr, pool_ptr, argmax_ptr, part_ptr, p_first, given_up_ptr, stamp, phase,
+            group, item, N, C, P, H, S, CHUNK, AVG, MAX, LP, LSE, False, part_ptr.dtype.element_ty, JOINED,
+            SAMPLES, STAGES, CHANNELS_LAST, BLOCK_C, BLOCK_P, BLOCK_H,
+        )  # fmt: skip
         if SINGLE:
-            second, group, item = work_item(tl.program_id(0), groups, lead, first_items, second_items, ahead)
-            given_up_ptr = slots_pointer(scratch_ptr, slots)
-            p_first = given_up_ptr + 1 + group * first_items
-            p_second = given_up_ptr + 1 + groups * first_items + group * ahead
-        else:
-            second, group, item = phase_item(tl.program_id(0), phase, S, first_items, hidden_items, ahead, second_items)
-        given_up = phase < 0  # no
-        if not second:
-            _channel.squeeze(
-                x_ptr, w1_ptr, stats_ptr, arg_ptr, pool_ptr, argmax_ptr, part_ptr, p_first, given_up_ptr, stamp, phase,
-                group, item, N, C, P, H, S, CHUNK, AVG, MAX, LP, LSE, False, part_ptr.dtype.element_ty, JOINED,
-                SAMPLES, STAGES, CHANNELS_LAST, BLOCK_C, BLOCK_P, BLOCK_H,
-            )  # fmt: skip
-            if SINGLE:
-                mark(p_first + item, stamp)
-        elif item < hidden_items:
-            if SINGLE:
-                given_up = wait(p_first, first_items, given_up_ptr, stamp)
-            _channel.hidden_layer(part_ptr, b1_ptr, saved_ptr, given_up, group, item, N, H, parts, K, SAMPLES, BLOCK_E)
-            if SINGLE:
-                mark(p_second + item, stamp)
-        elif item < ahead:
-            if SINGLE:
-                given_up = wait(p_second, hidden_items, given_up_ptr, stamp)
-            _channel.excite(
-                saved_ptr, w2_ptr, b2_ptr, scratch_ptr, given_up, group, (item - hidden_items) * BLOCK_C, N, C, H,
-                K, "relu", "sigmoid", SAMPLES, BLOCK_C, BLOCK_H,
-            )  # fmt: skip
-            if SINGLE:
-                mark(p_second + item, stamp)
-        else:
-            if SINGLE:
-                given_up = wait(p_second + hidden_items, J, given_up_ptr, stamp)
-            i_n = (group * SAMPLES + (item - ahead) // blocks).to(tl.int64)
-            if i_n < N:
-                _channel_pool(
-                    x_ptr, scratch_ptr, pools_ptr, spatial_argmax_ptr, given_up, i_n,
-                    (item - ahead) % blocks * POOL_P, N, C, P, CHANNELS_LAST, POOL_C, POOL_P,
-                )  # fmt: skip
+            mark(p_first + item, stamp)
+    elif item < hidden_items:
+        if SINGLE:
+            given_up = wait(p_first, first_items, given_up_ptr, stamp)
+        _channel.hidden_layer(part_ptr, b1_ptr, saved_ptr, given_up, group, item, N, H, parts, K, SAMPLES, BLOCK_E)
+        if SINGLE:
+            mark(p_hidden + item, stamp)
+    else:
+        if SINGLE:
+            given_up = wait(p_hidden, hidden_items, given_up_ptr, stamp)
+        _channel.excite(
+            saved_ptr, w2_ptr, b2_ptr, scratch_ptr, given_up, group, (item - hidden_items) * BLOCK_C, N, C, H,
+            K, "relu", "sigmoid", SAMPLES, BLOCK_C, BLOCK_H,
+        )  # fmt: skip
+
+
+@triton.jit
+def pools_kernel(
+    x_ptr,  # (N, C, P)
+    gate_ptr,  # (N, C), or None
+    pools_ptr,  # (2, N, P), written: maximum, mean
+    argmax_ptr,  # (N, P), written, or None
+    N,
+    C,
+    P,
+    STAGES: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Maximum, its lowest channel, and mean over the channels of x * gate, of BLOCK_P pixels. Reads x.
+
+    From the last pixels back: L2 still holds what the gates read last. What reads x next begins with the first ones.
+    """
+    C, P = aligned(C, P, UNIT, CHANNELS_LAST)
+    ACC: tl.constexpr = pools_ptr.dtype.element_ty
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
+    blocks = tl.cdiv(P, BLOCK_P)
+    i_n = (pid // blocks).to(tl.int64)
+    p = pid % blocks * BLOCK_P
+    o_p = p + tl.arange(0, BLOCK_P)
+    m_p = o_p < P
+    b_sum = tl.zeros([BLOCK_C, BLOCK_P], ACC)
+    b_max = tl.full([BLOCK_C, BLOCK_P], float("-inf"), ACC)
+    b_arg = tl.zeros([BLOCK_C, BLOCK_P], tl.int32) + tl.arange(0, BLOCK_C)[:, None]
+    for c in tl.range(0, C, BLOCK_C, num_stages=STAGES):
+        o_c = c + tl.arange(0, BLOCK_C)
+        b_u = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+        if gate_ptr is not None:
+            b_u *= tl.load(gate_ptr + i_n * C + o_c, mask=o_c < C, other=0)[:, None]
+        b_sum += b_u
+        b_u += _channel.nowhere(o_c < C, ACC)[:, None]
+        b_max, b_arg = _channel.running_max(b_max, b_arg, b_u, o_c[:, None])
+    b_top, b_first = _channel.first_max(b_max, b_arg, 0)
+    p_map = pools_ptr + i_n * P + o_p
+    tl.store(p_map, b_top, mask=m_p)
+    tl.store(p_map + tl.cast(N, tl.int64) * P, tl.sum(b_sum, axis=0) / C, mask=m_p)
+    if argmax_ptr is not None:
+        tl.store(argmax_ptr + i_n * P + o_p, b_first, mask=m_p)
 
 
 @triton.jit
@@ -319,10 +310,13 @@ def dspatial_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """dlogit[p] = gate' * sum_c dy * u of BLOCK_P pixels, its sums for BatchNorm, and the pools. Reads dy and x."""
+    """dlogit[p] = gate' * sum_c dy * u of BLOCK_P pixels, its sums for BatchNorm, and the pools. Reads dy and x.
+
+    From the last pixels back, so that the launch that reads dy and x next finds those of the first ones in L2.
+    """
     C, P = aligned(C, P, UNIT, CHANNELS_LAST)
     ACC: tl.constexpr = z_ptr.dtype.element_ty
-    pid = tl.program_id(0)
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
     blocks = tl.cdiv(P, BLOCK_P)
     i_n = (pid // blocks).to(tl.int64)
     p = pid % blocks * BLOCK_P
@@ -379,61 +373,69 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     n, c, h, w = x.shape
     hidden = 0 if w1 is None else w1.shape[0]
-    plan, tile = channel_plan(x, hidden), pixel_tile(x)
+    tile = pixel_tile(x)
     grid = (n * config.cdiv(h * w, tile.block_p),)
     z, spatial_argmax = _empty_maps(x)
     channel_pools, parts = z.new_empty((2, n, h, w)), z.new_empty((3, _conv.programs(x, conv_weight)))
     saved = argmax = scratch = slots = None
-    phases = {"parts": grid[0], "join": 0}
-    joined = _channel.is_joined(hidden, pools, plan)
+    stamp = new_stamp()
     if w1 is not None:
         saved, argmax = _channel.empty_saved(x, hidden, pools)
+        # Half a tile: programs of 4 warps, of which a multiprocessor holds four.
+        plan = channel_plan(x, hidden, tile_elements=config.TILE // 2)
+        joined = _channel.is_joined(hidden, pools, plan)
         phases = {
             "parts": plan.groups * plan.items,
             "join": plan.groups * plan.blocks if joined else 0,
             "hidden": plan.groups * plan.hidden_items(_channel.pool_count(pools) * hidden),
             "gates": plan.groups * plan.blocks,
-            "rest": plan.groups * plan.samples * grid[0] // n,
         }
-        slot_count = 1 + phases["parts"] + phases["hidden"] + phases["gates"] if plan.single_launch else 0
+        slot_count = 1 + phases["parts"] + phases["hidden"] if plan.single_launch else 0
         scratch, slots = empty_scratch(x, n * c + _channel.scratch_size(x, hidden, pools, plan), slot_count)
-    stamp = new_stamp()
-    for phase, programs in launches(plan.single_launch, **phases):
-        pools_kernel[(programs,)](
-            x,
-            w1,
-            b1,
-            w2,
-            b2,
-            saved,
-            argmax,
-            scratch,
-            slots,
-            stamp,
-            phase,
-            channel_pools,
-            spatial_argmax if save else None,
-            n,
-            plan.groups,
-            plan.lead,
-            c,
-            h * w,
-            hidden,
-            plan.splits,
-            plan.chunk,
-            **_channel.pool_flags(pools),
-            SINGLE=plan.single_launch,
-            JOINED=joined,
-            SAMPLES=plan.samples,
-            STAGES=plan.stages,
-            BLOCK_H=plan.block_h,
-            BLOCK_E=plan.block_e(_channel.pool_count(pools) * hidden),
-            # In as many warps as the other phases: no more elements of x at once than they hold.
-            POOL_C=min(tile.block_c, max(plan.tile.block_c * plan.tile.block_p // tile.block_p, 1)),
-            POOL_P=tile.block_p,
-            **tile_options(x, plan.tile),
-            **GATE_OPTIONS,
-        )
+        for phase, programs in launches(plan.single_launch, **phases):
+            channel_gates_kernel[(programs,)](
+                x,
+                w1,
+                b1,
+                w2,
+                b2,
+                saved,
+                argmax,
+                scratch,
+                slots,
+                stamp,
+                phase,
+                n,
+                plan.groups,
+                plan.lead,
+                c,
+                h * w,
+                hidden,
+                plan.splits,
+                plan.chunk,
+                **_channel.pool_flags(pools),
+                SINGLE=plan.single_launch,
+                JOINED=joined,
+                SAMPLES=plan.samples,
+                STAGES=plan.stages,
+                BLOCK_H=plan.block_h,
+                BLOCK_E=plan.block_e(_channel.pool_count(pools) * hidden),
+                **tile_options(x, plan.tile),
+                **GATE_OPTIONS,
+            )
+    pool_tile = pools_tile(x)
+    pools_kernel[(n * config.cdiv(h * w, pool_tile.block_p),)](
+        x,
+        scratch,
+        channel_pools,
+        spatial_argmax if save else None,
+        n,
+        c,
+        h * w,
+        STAGES=config.STAGES[x.element_size()],
+        **tile_options(x, pool_tile),
+        maxnreg=128,
+    )
     _conv.forward(x, channel_pools, parts, conv_weight, z)
     y, mask = torch.empty_like(x), empty_mask(x, relu and save)
     scale_kernel[grid](
@@ -442,7 +444,7 @@ def _forward(
         y,
         mask if relu and save else None,
         scratch,
-        slots if plan.single_launch else None,
+        slots if w1 is not None and plan.single_launch else None,
         stamp,
         z,
         parts,
