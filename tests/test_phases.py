@@ -210,7 +210,7 @@ def test_races_are_found(shape, launches, monkeypatch):
     for module in ("SE", "CBAM"):
         step(MODULES[module](SHAPES[shape].shape[1]), SHAPES[shape], "contiguous", monkeypatch)
     racing = {launch.name for launch in launches if launch.races}
-    assert racing == {"channel_gate_kernel", "pools_kernel", "gate_bwd_kernel"}
+    assert racing == {"channel_gate_kernel", "channel_gates_kernel", "gate_bwd_kernel"}
 
 
 @pytest.mark.parametrize(
@@ -308,8 +308,8 @@ def replay(monkeypatch):
         ("SE", "channel_gate_kernel", "samples"),
         ("SE", "channel_gate_kernel", "divided"),
         ("SE", "gate_bwd_kernel", "divided"),
-        ("CBAM", "pools_kernel", "divided"),
-        ("CBAM", "pools_kernel", "lead"),
+        ("CBAM", "channel_gates_kernel", "divided"),
+        ("CBAM", "channel_gates_kernel", "lead"),
         ("CBAM", "gate_bwd_kernel", "samples"),
         ("MaxGate", "gate_bwd_kernel", "samples"),
         ("ChannelAttention", "squeeze_kernel", "divided"),

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attn_kernels.ops._config import ChannelPlan
+from attn_kernels.ops import _config as config
 from attn_kernels.ops._device import activate, aligned, gate_value, load_tile
 from attn_kernels.ops._launch import channel_plan, tile_options
 from attn_kernels.ops._phases import (
@@ -168,7 +168,7 @@ def squeeze(
     FIRST: tl.constexpr = ALL * (AVG + MAX)  # pools that are stored before lp and lse
     TOP: tl.constexpr = MAX or LSE
     Q: tl.constexpr = AVG + TOP + LP + LSE
-    BLOCK_S: tl.constexpr = 2048 // BLOCK_C if BLOCK_C < 1024 else 2
+    BLOCK_S: tl.constexpr = max(1024 // BLOCK_C, 2)
     J = tl.cdiv(C, BLOCK_C)
     i_j = item // S
     i_s = item % S
@@ -257,27 +257,29 @@ def squeeze(
                     if AVG:
                         b_avg += tl.sum(tl.load(p_s, mask=m_s, other=0, cache_modifier=".cg"), axis=1)
                     if TOP:
-                        b_s = tl.load(p_s + AVG * C, mask=m_s, other=float("-inf"), cache_modifier=".cg")
-                        b_i = tl.zeros([BLOCK_C, BLOCK_S], tl.int32)
+                        b_tops = tl.load(p_s + AVG * C, mask=m_s, other=float("-inf"), cache_modifier=".cg")
+                        b_args = tl.zeros([BLOCK_C, BLOCK_S], tl.int32)
                         if MAX:
                             p_i = arg_ptr + p_arg[:, None] + o_s * C
-                            b_i = tl.load(p_i, mask=m_s, other=0, cache_modifier=".cg")
-                        b_s, b_i = first_max(b_s, b_i, 1)
+                            b_args = tl.load(p_i, mask=m_s, other=0, cache_modifier=".cg")
+                        b_s, b_i = first_max(b_tops, b_args, 1)
                         # The first of -inf only is a maximum as well.
                         b_first = tl.where(s == 0, b_i, b_first)
                         b_top, b_first = running_max(b_top, b_first, b_s, b_i)
                     if LP:
-                        b_square = tl.load(p_s + (AVG + TOP) * C, mask=m_s, other=0, cache_modifier=".cg")
-                        b_lp += tl.sum(b_square, axis=1)
+                        b_lps = tl.load(p_s + (AVG + TOP) * C, mask=m_s, other=0, cache_modifier=".cg")
+                        b_lp += tl.sum(b_lps, axis=1)
                 if LSE:
-                    shift = _top_shift(b_top)[:, None]
+                    shift = _top_shift(b_top)
                     for s in range(0, parts, BLOCK_S):
                         o_s = s + tl.arange(0, BLOCK_S)[None, :]
                         m_s = m_c[:, None] & (o_s < S)
                         p_s = p_stats[:, None] + o_s * Q * C
-                        b_s = tl.load(p_s + AVG * C, mask=m_s, other=0, cache_modifier=".cg")
-                        b_e = tl.load(p_s + (AVG + TOP + LP) * C, mask=m_s, other=0, cache_modifier=".cg")
-                        b_exp += tl.sum(tl.where(m_s, b_e * tl.exp(_top_shift(b_s) - shift), 0.0), axis=1)
+                        b_tops = tl.load(p_s + AVG * C, mask=m_s, other=0, cache_modifier=".cg")
+                        b_exps = tl.load(p_s + (AVG + TOP + LP) * C, mask=m_s, other=0, cache_modifier=".cg")
+                        b_exp += tl.sum(
+                            tl.where(m_s, b_exps * tl.exp(_top_shift(b_tops) - shift[:, None]), 0.0), axis=1
+                        )
                 b_avg = unless(parts == 0, b_avg)
                 b_top = unless(parts == 0, b_top)
                 b_lp = unless(parts == 0, b_lp)
@@ -509,7 +511,7 @@ def stats_count(pools: int) -> int:
 def pool(x: Tensor, pools: int) -> tuple[Tensor, Tensor]:
     """Launch the pools alone: ``pool`` (N, K, C) and ``argmax`` (N, C), empty without "max"."""
     n, c, h, w = x.shape
-    plan = channel_plan(x, 0)
+    plan = channel_plan(x, 0, tile_elements=config.TILE // 2)
     values = x.new_empty((n, pool_count(pools), c), dtype=accumulation_dtype(x))
     argmax = empty_argmax(x, pools)
     scratch = slots = None
@@ -539,7 +541,7 @@ def pool(x: Tensor, pools: int) -> tuple[Tensor, Tensor]:
     return values, argmax
 
 
-def scratch_size(x: Tensor, hidden: int, pools: int, plan: ChannelPlan) -> int:
+def scratch_size(x: Tensor, hidden: int, pools: int, plan: config.ChannelPlan) -> int:
     """Elements of ``part`` (N, J, K, H) and, where planes are joined, ``arg`` (N, S, C) and ``stats`` (N, S, Q, C)."""
     n, c, _, _ = x.shape
     joined = is_joined(hidden, pools, plan)
@@ -547,7 +549,7 @@ def scratch_size(x: Tensor, hidden: int, pools: int, plan: ChannelPlan) -> int:
     return n * ((plan.blocks if joined else plan.items) * pool_count(pools) * hidden + stats)
 
 
-def is_joined(hidden: int, pools: int, plan: ChannelPlan) -> bool:
+def is_joined(hidden: int, pools: int, plan: config.ChannelPlan) -> bool:
     """Whether the parts of a plane are added up before fc1, as all but those of an average have to be."""
     return plan.splits > 1 and not (hidden and pools == AVERAGE)
 

@@ -575,6 +575,11 @@ def _plan(x: Tensor, hidden: int, spatial: Tensor | None, pools: int) -> config.
     return channel_plan(x, hidden, averages=spatial is None and pools == AVERAGE)
 
 
+def _register_limit(plan: config.ChannelPlan, spatial: Tensor | None, pools: int) -> int:
+    """For three programs of 8 warps a multiprocessor, where lp, lse and the maps of a spatial gate do not spill."""
+    return 80 if plan.tile.num_warps == 8 and spatial is None and not kept_count(pools) else 128
+
+
 def _programs(c: int, hidden: int, plan: config.ChannelPlan) -> dict[str, int]:
     """The programs of each phase."""
     parts = plan.groups * plan.items
@@ -651,7 +656,6 @@ def launch_dx(
             BLOCK_W=config.WEIGHT_BLOCK,
             **tile_options(x, plan.tile),
             num_stages=1,  # prefetching the weights spills
-            # Three programs of 8 warps a multiprocessor; the maps of a spatial gate, or 4 warps, take more registers.
-            maxnreg=80 if hidden and spatial is None and pools != AVERAGE and plan.tile.num_warps == 8 else 128,
+            maxnreg=_register_limit(plan, spatial, pools),
         )
     return dx, dresidual

@@ -198,6 +198,7 @@ def _options(weight: Tensor) -> dict[str, int]:
         "TAPS": config.next_power_of_2(kernel),
         "BLOCK": _block(weight),
         "num_warps": 4,
+        "maxnreg": 224,  # no more programs fit with less, and ptxas spills where it chooses itself
     }
 
 

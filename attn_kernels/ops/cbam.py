@@ -434,7 +434,7 @@ def _forward(
         h * w,
         STAGES=config.STAGES[x.element_size()],
         **tile_options(x, pool_tile),
-        maxnreg=128,
+        maxnreg=128 if x.element_size() == 2 else None,
     )
     _conv.forward(x, channel_pools, parts, conv_weight, z)
     y, mask = torch.empty_like(x), empty_mask(x, relu and save)
