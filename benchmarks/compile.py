@@ -100,6 +100,8 @@ OPTION_SITES = (
     Site("options", "SE", (512, 28, 28), options=(("bias", False), ("activation", "gelu"))),
     Site("options", "SE", (512, 28, 28), options=(("activation", "leaky_relu"),)),
     Site("options", "SE", (512, 28, 28), options=(("activation", "hardswish"), ("gate", "hardsigmoid"))),
+    Site("options", "ChannelGate", (256, 56, 56)),
+    Site("options", "ChannelGate", (512, 28, 28), True),
     Site("options", "ChannelGate", (512, 28, 28), True, ALL_POOLS),
     Site("options", "SpatialGate", (512, 28, 28), True),
     Site("options", "CBAM", (512, 28, 28)),

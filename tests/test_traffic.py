@@ -221,7 +221,7 @@ def case(op, shape, layout, mode="train"):
 LAUNCHES = {
     "SE": ((1, 1), (0, 0)),
     "SE+add+ReLU": ((1, 1), (0, 0)),
-    "CBAM": ((3, 4), (0, 1)),
+    "CBAM": ((4, 4), (0, 1)),
     # PyTorch's: the channel branch, convolutions, casts of their weights, sums over programs.
     "BAM": ((8, 8), (13, 16)),
     "SimAM": ((1, 1), (0, 0)),

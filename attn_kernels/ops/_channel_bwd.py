@@ -576,8 +576,10 @@ def _plan(x: Tensor, hidden: int, spatial: Tensor | None, pools: int) -> config.
 
 
 def _register_limit(plan: config.ChannelPlan, spatial: Tensor | None, pools: int) -> int:
-    """For three programs of 8 warps a multiprocessor, where lp, lse and the maps of a spatial gate do not spill."""
-    return 80 if plan.tile.num_warps == 8 and spatial is None and not kept_count(pools) else 128
+    """For three programs of 8 warps a multiprocessor where that does not spill, else for two."""
+    # lp, lse, the maps of a spatial gate and the products of several samples take more.
+    more = kept_count(pools) or pools == AVERAGE or spatial is not None or plan.samples > 1
+    return 128 if more or plan.tile.num_warps != 8 else 80
 
 
 def _programs(c: int, hidden: int, plan: config.ChannelPlan) -> dict[str, int]:

@@ -434,7 +434,8 @@ def _forward(
         h * w,
         STAGES=config.STAGES[x.element_size()],
         **tile_options(x, pool_tile),
-        maxnreg=128 if x.element_size() == 2 else None,
+        # Four programs of 4 warps a multiprocessor, and three in float32, which spills with fewer or with no limit.
+        maxnreg={2: 128, 4: 168}.get(x.element_size()),
     )
     _conv.forward(x, channel_pools, parts, conv_weight, z)
     y, mask = torch.empty_like(x), empty_mask(x, relu and save)
