@@ -17,7 +17,6 @@ one bit an element.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import torch
@@ -59,8 +58,6 @@ from attn_kernels.ops._phases import (
 )
 from reference._common import accumulation_dtype
 from reference.cbam import channel_gate, spatial_gate
-
-POOL_STAGES = int(os.environ.get("PS", "1"))
 
 
 @triton.jit(do_not_specialize=["slots", "stamp", "phase", "N", "groups", "lead"], do_not_specialize_on_alignment=["S"])
