@@ -35,7 +35,8 @@ ROWS: dict[str, tuple[tuple[Step, ...], tuple[Step, ...]]] = {
     ),
     "CBAM": (
         (
-            Step("channel gate,\nmax and mean\nover channels", ("x",), (), ("x",)),
+            Step("channel gates", ("x",)),
+            Step("max and mean\nover channels", ("x",)),
             Step("7x7 conv,\nBatchNorm's\nstatistics"),
             Step("BatchNorm,\ngate, scale", ("x",), ("y",)),
         ),
@@ -69,7 +70,7 @@ ROWS: dict[str, tuple[tuple[Step, ...], tuple[Step, ...]]] = {
     ),
 }
 WIDTH, PITCH = 1.5, 1.8  # of a step
-COLUMNS = 3, 5  # of forward and backward
+COLUMNS = 4, 5  # of forward and backward
 
 
 def draw_steps(ax: Axes, steps: tuple[Step, ...], title: str, columns: int) -> None:

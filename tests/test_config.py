@@ -33,12 +33,25 @@ def test_simam_holds_the_same_planes_whole_forward_and_backward(channels_last):
             assert 1 <= tile.num_warps <= 16
 
 
-@pytest.mark.parametrize("averages", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_items_cover_every_plane(channels_last, averages):
+def test_pools_have_16_elements_a_thread_at_most(channels_last):
+    for n, c, p, itemsize, sms in itertools.product((1, 32), CHANNELS, PIXELS, (2, 4, 8), (1, 132)):
+        tile = config.pools_tile(n, c, p, itemsize, channels_last, sms)
+        assert tile.block_p == config.pixel_tile(n, c, p, itemsize, channels_last, sms).block_p
+        assert tile.block_c & (tile.block_c - 1) == 0
+        assert tile.num_warps & (tile.num_warps - 1) == 0
+        assert tile.block_c * tile.block_p <= max(32 * 16 * tile.num_warps, tile.block_p)
+        assert 1 <= tile.num_warps <= 16
+
+
+@pytest.mark.parametrize(
+    "options", [{"averages": False}, {"averages": True}, {"tile_elements": config.TILE // 2}], ids=str
+)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_items_cover_every_plane(channels_last, options):
     for n, c, p, itemsize, sms in itertools.product((1, 8, 32, 256), CHANNELS, PIXELS, (2, 4, 8), (1, 58, 132)):
         hidden = max(c // 16, 1)
-        plan = config.channel_plan(n, c, p, hidden, itemsize, channels_last, sms, averages=averages)
+        plan = config.channel_plan(n, c, p, hidden, itemsize, channels_last, sms, **options)
         assert plan.blocks * plan.tile.block_c >= c > (plan.blocks - 1) * plan.tile.block_c
         assert plan.splits * plan.chunk >= p > (plan.splits - 1) * plan.chunk
         assert plan.chunk % plan.tile.block_p == 0

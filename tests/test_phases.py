@@ -15,7 +15,8 @@ from triton._C.libtriton.ir import CACHE_MODIFIER
 from triton.runtime import interpreter
 
 import attn_kernels
-from attn_kernels.ops import _channel, _channel_bwd, _launch, _phases, cbam, channel_gate
+import reference
+from attn_kernels.ops import _channel, _channel_bwd, _config, _launch, _phases, cbam, channel_gate
 from benchmarks.compile import ChannelAttention
 from benchmarks.shapes import LAYOUTS
 
@@ -159,7 +160,8 @@ def step(module, shape: Shape, layout, monkeypatch, inference=True):
     torch.manual_seed(0)
     x = torch.randn(shape.shape).to(memory_format=LAYOUTS[layout]).requires_grad_()
     hidden = shape.shape[1] // shape.reduction
-    plan = _launch.channel_plan(x, hidden)
+    half = isinstance(module, attn_kernels.CBAM)
+    plan = _launch.channel_plan(x, hidden, tile_elements=_config.TILE // (2 if half else 1))
     counts = {name: getattr(plan, name) for name in ("samples", "groups", "blocks", "splits", "lead")}
     counts["hidden"] = plan.hidden_items(hidden)
     assert {name for name, count in counts.items() if count > 1} == shape.several
@@ -194,6 +196,20 @@ def test_no_races_of_many(module, shape, launches, monkeypatch):
     shape, pools = LARGE[shape], ("avg",) if module == "SE" else ("avg", "max")
     step(attn_kernels.ChannelGate(shape.shape[1], shape.reduction, pools), shape, "channels_last", monkeypatch)
     check(launches)
+
+
+def test_part_of_a_plane_that_is_minus_infinity(monkeypatch):
+    """Its exponentials add nothing, however small the plane's maximum: exp(100) times 0 would be NaN."""
+    monkeypatch.setattr(_launch, "multiprocessors", lambda x: 5)
+    x = torch.full(SHAPES["divided"].shape, float("-inf"))
+    x[..., :3, :] = -100
+    assert _launch.channel_plan(x, 5).splits > 1
+    fused = attn_kernels.ChannelGate(x.shape[1], 4, ("lse",))
+    plain = reference.ChannelGate(x.shape[1], 4, ("lse",))
+    plain.load_state_dict(fused.state_dict())
+    y = fused(x)
+    assert not y.isnan().any()
+    assert torch.allclose(y, plain(x))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

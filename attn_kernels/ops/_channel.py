@@ -59,7 +59,7 @@ def nowhere(m, ACC: tl.constexpr):
 
 @triton.jit
 def running_max(b_max, b_arg, b_x, o_x):
-    """Lane by lane: only a greater value, or the first NaN, takes the place of an earlier one. No x is -0."""
+    """Lane by lane: only a greater value, or the first NaN, takes the place of an earlier one. x must not be -0."""
     # A maximum that is NaN stays the same NaN, so that whether bits change tells whether it is a new one. To compare
     # values with NaN in mind takes twice as many instructions.
     b_new = tl.maximum(b_max, b_x, propagate_nan=tl.PropagateNan.ALL)
@@ -277,9 +277,9 @@ def squeeze(
                         p_s = p_stats[:, None] + o_s * Q * C
                         b_tops = tl.load(p_s + AVG * C, mask=m_s, other=0, cache_modifier=".cg")
                         b_exps = tl.load(p_s + (AVG + TOP + LP) * C, mask=m_s, other=0, cache_modifier=".cg")
-                        b_exp += tl.sum(
-                            tl.where(m_s, b_exps * tl.exp(_top_shift(b_tops) - shift[:, None]), 0.0), axis=1
-                        )
+                        # 0 of a part that is all -inf, whose factor may be infinite.
+                        b_scaled = b_exps * tl.exp(_top_shift(b_tops) - shift[:, None])
+                        b_exp += tl.sum(tl.where(b_exps == 0, 0.0, b_scaled), axis=1)
                 b_avg = unless(parts == 0, b_avg)
                 b_top = unless(parts == 0, b_top)
                 b_lp = unless(parts == 0, b_lp)

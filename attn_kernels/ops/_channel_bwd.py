@@ -577,7 +577,7 @@ def _plan(x: Tensor, hidden: int, spatial: Tensor | None, pools: int) -> config.
 
 def _register_limit(plan: config.ChannelPlan, spatial: Tensor | None, pools: int) -> int:
     """For three programs of 8 warps a multiprocessor where that does not spill, else for two."""
-    # lp, lse, the maps of a spatial gate and the products of several samples take more.
+    # lp, lse, 64 bytes of x a thread, the maps of a spatial gate and the products of several samples take more.
     more = kept_count(pools) or pools == AVERAGE or spatial is not None or plan.samples > 1
     return 128 if more or plan.tile.num_warps != 8 else 80
 

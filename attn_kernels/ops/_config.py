@@ -15,8 +15,8 @@ TILE = 4096
 SECTOR = 32
 # Elements along the unit stride that a tile holds at least: one byte of the bits that a ReLU leaves.
 BYTE = 8
-# Bytes of x that a program of a launch in two phases reads at most where it can choose; twice as many where it pools
-# more than averages, whose lanes meet in four times as many instructions.
+# Bytes of x that a program of a launch in two phases reads at most where it can choose; twice as many where it does
+# more than to pool averages: its lanes then meet in four times as many instructions.
 ITEM_BYTES = 32 * 1024
 # Stages of the loop that pools x, by bytes an element: one more than the tiles that a program asks for ahead.
 STAGES = {2: 4, 4: 3, 8: 1}
@@ -139,8 +139,8 @@ def channel_plan(
 ) -> ChannelPlan:
     """For the channel gate, whose MLP has ``hidden`` units, 0 where there is none.
 
-    Where it pools ``averages`` alone a thread has registers for 64 bytes of x; beside other pools, or the maps of a
-    spatial gate, 64 spill. Then its programs have larger items, too, and fewer of them run at once.
+    Where it pools ``averages`` alone a thread has registers for 64 bytes of x. Beside other pools, or the maps of a
+    spatial gate, 64 spill: there it has 32, programs have larger items, and fewer of them run at once.
     """
     a_thread, item_bytes, resident = (64, ITEM_BYTES, 3) if averages else (32, 2 * ITEM_BYTES, 2)
     tile = plane_tile(n, c, p, itemsize, channels_last, multiprocessors, True)

@@ -1,4 +1,4 @@
-"""Two dependent phases in one launch: what the first one read is still in L2 when the second reads it again.
+"""Two dependent phases in one launch: what the first one read is still in L2 where the second reads it again.
 
 Programs do work items in the order of their numbers. The items of the first phase of a group of samples come ``lead``
 groups ahead of those of its second phase, about as many as run at once; an item of the second phase waits until those

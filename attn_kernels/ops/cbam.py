@@ -146,7 +146,7 @@ def channel_gates_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def pools_kernel(
     x_ptr,  # (N, C, P)
     gate_ptr,  # (N, C), or None
@@ -210,7 +210,7 @@ def scale_kernel(
     residual_ptr,  # (N, C, P) or None
     y_ptr,  # (N, C, P), written
     mask_ptr,  # bits of the ReLU, written, or None
-    gate_ptr,  # (N, C), or None; the scratch memory of pools_kernel
+    gate_ptr,  # (N, C), or None; the scratch memory of channel_gates_kernel
     slots,  # where its slots begin, or None where it had none
     stamp,  # of its launch
     z_ptr,  # (N, P) and, behind it, written: mean and 1 / standard deviation
@@ -378,7 +378,7 @@ def _forward(
     stamp = new_stamp()
     if w1 is not None:
         saved, argmax = _channel.empty_saved(x, hidden, pools)
-        # Half a tile: programs of 4 warps, of which a multiprocessor holds four.
+        # Half a tile: in half precision programs of 4 warps, of which a multiprocessor holds four.
         plan = channel_plan(x, hidden, tile_elements=config.TILE // 2)
         joined = _channel.is_joined(hidden, pools, plan)
         phases = {
