@@ -315,14 +315,14 @@ class TestTable:
 
 
 def test_record_says_model_and_is_as_fast_as_claimed():
-    """SE, ChannelGate and SimAM at 56x56 and 28x28, batch 32, both layouts; what is claimed is SE at 56x56."""
+    """All but BAM at 56x56 and 28x28, batch 32, both layouts; what is claimed is SE and CBAM at 56x56."""
     with (RESULTS / "time.csv").open(newline="", encoding="utf-8") as file:
         rows = {tuple(row[name] for name in time.PLACE): row for row in csv.DictReader(file)}
-    ops, shapes = ("SE", "SE+add+ReLU", "ChannelGate", "SimAM"), ("32x256x56x56", "32x512x28x28")
+    ops, shapes = ("SE", "SE+add+ReLU", "ChannelGate", "CBAM", "SimAM"), ("32x256x56x56", "32x512x28x28")
     expected = itertools.product(ops, shapes, LAYOUTS, ("bf16",), ("H100",), ("0",), time.DIRECTIONS)
     assert rows.keys() == set(expected)
     assert {row["kind"] for row in rows.values()} == {"MODEL"}
     for place, row in rows.items():
-        if place[0].startswith("SE") and place[1] == shapes[0]:
-            assert float(row["share"]) >= 0.8, place
+        if place[0] in ("SE", "SE+add+ReLU", "CBAM") and place[1] == shapes[0]:
+            assert float(row["share"]) >= (0.55 if place[0] == "CBAM" else 0.8), place
             assert float(row["us"]) <= float(row["compile_us"]), place
