@@ -4,6 +4,7 @@ from attn_kernels import functional, models
 from attn_kernels.explain import explain
 from attn_kernels.fuse import FuseReport, fuse_, register_adapter
 from attn_kernels.modules import BAM, CBAM, SE, ChannelGate, SimAM, SpatialGate
+from attn_kernels.precompile import Precompiled, precompile
 
 __all__ = [
     "BAM",
@@ -11,12 +12,14 @@ __all__ = [
     "SE",
     "ChannelGate",
     "FuseReport",
+    "Precompiled",
     "SimAM",
     "SpatialGate",
     "explain",
     "functional",
     "fuse_",
     "models",
+    "precompile",
     "register_adapter",
 ]
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 
-from torch import Tensor, nn
+from torch import nn
 
 from attn_kernels import functional
+from attn_kernels.ops._library import PLAIN_TENSORS
 from attn_kernels.plans import Plan
 from reference._common import DTYPES
 
@@ -40,7 +41,7 @@ class FusedModule:
 
 def why_not(module: nn.Module, plan: Plan, x: object) -> list[str]:
     """Why the plan does not stand for the module on ``x``, or no kernels compute it; empty where they do."""
-    if type(x) not in (Tensor, nn.Parameter):
+    if type(x) not in PLAIN_TENSORS:
         return [f"x is a {type(x).__name__}, and the kernels read plain tensors"]
     if x.dim() != 4 or x.dtype not in DTYPES:
         return [f"x is a tensor of {x.dtype} with {x.dim()} dimensions"]

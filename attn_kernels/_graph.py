@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from attn_kernels import functional
 from attn_kernels._adapters import Unsupported, check_layers, name_of
+from attn_kernels.ops._library import PLAIN_TENSORS
 from attn_kernels.plans import Layer, SEPlan, weight_and_bias
 from reference.se import ACTIVATIONS, GATES
 
@@ -49,7 +50,7 @@ def se_add_relu(
 
 def alike(x: Tensor, residual: Tensor) -> bool:
     """Whether the residual may enter a kernel beside x: no other shape that would broadcast, no dtype that promotes."""
-    plain = type(residual) in (Tensor, nn.Parameter) and type(x) in (Tensor, nn.Parameter)
+    plain = PLAIN_TENSORS.issuperset((type(x), type(residual)))
     return plain and residual.shape == x.shape and residual.dtype == x.dtype and residual.device == x.device
 
 

@@ -19,7 +19,8 @@ from torch.autograd import forward_ad
 
 import reference
 from attn_kernels._versions import interpreter_clash
-from attn_kernels.ops._library import PLAIN, dense, like
+from attn_kernels.ops import _launch
+from attn_kernels.ops._library import PLAIN, FakeTensor, dense, like
 from attn_kernels.ops._norm import is_plain
 from reference._common import without_autocast
 from reference.bam import check_bam
@@ -74,7 +75,7 @@ def why_not(x: Tensor, others: Sequence[Tensor | None] = (), norm: object = None
     reasons = []
     if not _DEVICES:
         reasons.append(_NO_DEVICE)
-    elif x.device.type not in _DEVICES:
+    elif x.device.type not in _DEVICES and not _is_recorded(x):
         reasons.append(f"x is on {x.device.type}, and the kernels run on {' and '.join(_DEVICES)}")
     n, c, h, w = x.shape
     if n == 0:
@@ -100,6 +101,11 @@ def why_not(x: Tensor, others: Sequence[Tensor | None] = (), norm: object = None
         elif not is_plain(norm):
             reasons.append("a parameter or buffer of the norm is no plain tensor")
     return reasons
+
+
+def _is_recorded(x: Tensor) -> bool:
+    """Whether what a call on x would launch is being recorded (``attn_kernels.precompile``): x has no data then."""
+    return _launch.assumed_multiprocessors > 0 and (x.is_meta or type(x) is FakeTensor)
 
 
 def _is_exporting() -> bool:

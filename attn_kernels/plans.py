@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from attn_kernels.ops._library import PLAIN_TENSORS
 from reference._common import DTYPES, like_parameters
 
 Path = tuple[str, ...]
@@ -83,7 +84,7 @@ def _change(found: nn.Module, expected: Layer) -> str:
 
 def is_plain(t: Tensor | None, x: Tensor) -> bool:
     """Whether a kernel may read ``t`` beside ``x``: no subclass (quantized, distributed), a dtype that it takes."""
-    return t is None or (type(t) in (Tensor, nn.Parameter) and t.dtype in DTYPES and t.device == x.device)
+    return t is None or (type(t) in PLAIN_TENSORS and t.dtype in DTYPES and t.device == x.device)
 
 
 @dataclass(frozen=True)

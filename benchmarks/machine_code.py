@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -22,9 +22,7 @@ from typing import NamedTuple
 from unittest.mock import patch
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.meter import CPU_KERNEL
 from benchmarks.sass import Sass, Stretch, parse_sass, stretches
 
 # Triton and attn_kernels are imported inside functions: kernels choose between interpreter and compiler at import.
@@ -102,20 +100,6 @@ class Launch:
 
 
 @contextmanager
-def launching_on_meta(multiprocessors: int) -> Iterator[None]:
-    """Inside the block modules of ``attn_kernels`` launch on meta tensors, as on a GPU of that size."""
-    from attn_kernels import functional
-
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(functional, "_DEVICES", ("meta",)))
-        for module in ops():
-            if hasattr(module, "multiprocessors"):
-                stack.enter_context(patch.object(module, "multiprocessors", lambda x: multiprocessors))
-        stack.enter_context(_Launchers())
-        yield
-
-
-@contextmanager
 def capture(multiprocessors: int, x: Tensor) -> Iterator[list[Launch]]:
     """Catch, in place of running it, what is launched inside the block on a module's input ``x`` of the meta device.
 
@@ -125,6 +109,7 @@ def capture(multiprocessors: int, x: Tensor) -> Iterator[list[Launch]]:
     import triton
     from triton.runtime.jit import JITFunction
 
+    from attn_kernels._recording import launching_without_data, specializing
     from attn_kernels.ops._config import vector_length
     from attn_kernels.ops._library import is_channels_last
 
@@ -134,73 +119,22 @@ def capture(multiprocessors: int, x: Tensor) -> Iterator[list[Launch]]:
     row = c if is_channels_last(x) else h * w
     vector = vector_length(row, x.element_size()) * x.element_size() == 16
     launches: list[Launch] = []
+    arguments: dict[str, object] = {}
     run = JITFunction.run
 
-    def catch(function: JITFunction, *args, grid, warmup, **kwargs) -> None:
-        arguments = dict(zip(function.arg_names, args, strict=False)) | kwargs
-        values = [arguments[name] for name in function.arg_names]
-        full_size = frozenset(i for i, value in enumerate(values) if is_like(value, x))
-        options = {name: value for name, value in kwargs.items() if name not in function.arg_names}
+    def catch(function: JITFunction, *args, **kwargs) -> None:
+        arguments.clear()
+        arguments.update(dict(zip(function.arg_names, args, strict=False)) | kwargs)
+        run(function, *args, **kwargs)
 
-        def hook(*, compile, **_) -> bool:
-            launches.append(Launch(_kernel(function, compile, options), full_size, vector))
-            return True  # do not compile
+    def heard(kernel, compile: dict) -> None:
+        names = list(compile["signature"])
+        full_size = frozenset(i for i, name in enumerate(names) if is_like(arguments[name], x))
+        options = {name: arguments[name] for name in arguments if name not in (*names, "grid", "warmup")}
+        launches.append(Launch(_kernel(kernel, compile, options), full_size, vector))
 
-        with patch.object(triton.knobs.runtime, "jit_cache_hook", hook):
-            run(function, *args, grid=grid, warmup=warmup, **kwargs)
-
-    with _no_driver(90), patch.object(JITFunction, "run", catch), launching_on_meta(multiprocessors):
+    with launching_without_data(multiprocessors), patch.object(JITFunction, "run", catch), specializing(90, heard):
         yield launches  # whose signature is the same for all capabilities
-
-
-@contextmanager
-def compiling(capability: int, multiprocessors: int, heard: Callable[[object], None]) -> Iterator[None]:
-    """Inside the block modules on the meta device compile what they launch, into Triton's cache, and launch nothing.
-
-    ``heard`` is given each launch's compiled kernel. A process compiles for one capability: Triton keeps the first.
-
-    Raises:
-        RuntimeError: Triton interprets its kernels, so that there is nothing to compile.
-    """
-    import triton
-    from triton.runtime.jit import JITFunction
-
-    if triton.knobs.runtime.interpret:
-        raise RuntimeError("kernels cannot be compiled under TRITON_INTERPRET=1: unset it")
-    run = JITFunction.run
-
-    def compile_only(function: JITFunction, *args, grid, warmup, **kwargs) -> None:
-        heard(run(function, *args, grid=grid, warmup=True, **kwargs))
-
-    with _no_driver(capability), patch.object(JITFunction, "run", compile_only), launching_on_meta(multiprocessors):
-        yield
-
-
-@contextmanager
-def counting() -> Iterator[list[str]]:
-    """The names of the kernels that this process compiles inside the block, as they come; none that is in the cache."""
-    import triton
-
-    found: list[str] = []
-
-    def listen(*, src, metadata, metadata_group, times, cache_hit) -> None:
-        if not cache_hit:
-            found.append(src.name)
-
-    with patch.object(triton.knobs.compilation, "listener", listen):
-        yield found
-
-
-@contextmanager
-def _no_driver(capability: int) -> Iterator[None]:
-    """Triton's launcher finds inside the block a GPU that can only be compiled for."""
-    import triton
-
-    triton.runtime.driver.set_active(_NoDriver(capability))
-    try:
-        yield
-    finally:
-        triton.runtime.driver.set_active(None)  # found anew where one is needed
 
 
 def is_like(value: object, x: Tensor) -> bool:
@@ -208,43 +142,12 @@ def is_like(value: object, x: Tensor) -> bool:
     return isinstance(value, Tensor) and value.numel() == x.numel() and value.dtype == x.dtype
 
 
-class _NoDriver:
-    """All that Triton's launcher asks of a driver before it compiles."""
-
-    def __init__(self, capability: int):
-        self._capability = capability
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self):
-        return _target(self._capability)
-
-
-class _Launchers(TorchDispatchMode):
-    """Runs an operator's launcher on meta tensors too, in place of its fake."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "attn_kernels":
-            return func.redispatch(CPU_KERNEL, *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def _target(capability: int):
-    from triton.backends.compiler import GPUTarget
-
-    return GPUTarget("cuda", capability, 32)
-
-
-def _kernel(function, compile: dict, options: dict) -> Kernel:
+def _kernel(kernel, compile: dict, options: dict) -> Kernel:
     (attributes,) = compile["configs"]
     freeze = {path: tuple(map(tuple, value)) for path, value in attributes.items()}
     return Kernel(
-        function.__module__,
-        function.__name__,
+        kernel.module,
+        kernel.kernel,
         *(tuple(d.items()) for d in (compile["signature"], compile["constants"], freeze, options)),
     )
 
@@ -284,6 +187,8 @@ def machine_code(kernel: Kernel, capability: int, disassemble: bool) -> MachineC
     import triton
     from triton.compiler import ASTSource
 
+    from attn_kernels._recording import target
+
     source = ASTSource(
         getattr(import_module(kernel.module), kernel.name),
         dict(kernel.signature),
@@ -292,7 +197,7 @@ def machine_code(kernel: Kernel, capability: int, disassemble: bool) -> MachineC
     )
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder  # thousands of kernels are not to stay in the user's cache
-        compiled = triton.compile(source, target=_target(capability), options=dict(kernel.options))
+        compiled = triton.compile(source, target=target(capability), options=dict(kernel.options))
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
         usage = dict(re.findall(r"(\w+):(\d+)", _tool("cuobjdump", "-res-usage", cubin)))

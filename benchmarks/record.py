@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.cache import SECTOR_BITS
-from benchmarks.machine_code import launching_on_meta, ops
+from benchmarks.machine_code import ops
 from benchmarks.meter import AtenMeter, Launch, Traffic
 from benchmarks.programs import Access, Event, Signal, following, without_data
 from benchmarks.sass import Line
@@ -80,6 +80,8 @@ def recording(multiprocessors: int, shape: Sequence[int]) -> Iterator[list[Recor
     """Collect what modules launch on meta tensors of this shape inside the block, PyTorch's operators too."""
     from triton.runtime.interpreter import GridExecutor
 
+    from attn_kernels._recording import launching_without_data
+
     traffic = Traffic()
     aten, memory, call = AtenMeter(traffic), _Memory(shape), GridExecutor.__call__
 
@@ -88,7 +90,7 @@ def recording(multiprocessors: int, shape: Sequence[int]) -> Iterator[list[Recor
             arguments = dict(zip(executor.arg_names, args, strict=False)) | kwargs
             traffic.per_launch.append(_Recorder(executor, call, memory, arguments).record(shape[0]))
 
-    with launching_on_meta(multiprocessors), patch.object(GridExecutor, "__call__", record), aten:
+    with launching_without_data(multiprocessors), patch.object(GridExecutor, "__call__", record), aten:
         yield traffic.per_launch
 
 

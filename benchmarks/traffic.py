@@ -25,7 +25,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -278,6 +278,7 @@ def run(arguments: argparse.Namespace) -> int:
 def measure(case: Case, compiled: bool = True) -> Result:
     """Run one case under the interpreter, eager too and, if ``compiled``, by Inductor's accounting."""
     import attn_kernels  # here, for TRITON_INTERPRET has to be set before
+    from attn_kernels.ops import _launch
 
     device, op = DEVICES[case.device], OPS[case.op]
     dtype, layout = DTYPES[case.dtype], LAYOUTS[case.layout]
@@ -292,7 +293,7 @@ def measure(case: Case, compiled: bool = True) -> Result:
 
     passes, kernels = {}, []
     for provider, module in (("eager", eager), ("fused", fused)):
-        with _multiprocessors(multiprocessors):
+        with patch.object(_launch, "assumed_multiprocessors", multiprocessors):
             seen = passes_of(module, count=lambda: meter(Cache(capacity), multiprocessors))
         passes[provider] = [
             Pass(t.launches, *(size / x.nbytes for size in (t.touched, t.cache.distinct, t.dram))) for t in seen
@@ -316,18 +317,6 @@ def _passes(
     with torch.no_grad(), count() as traffic:
         module(x) if residual is None else module(x, residual, "relu")
     return (traffic,)
-
-
-@contextmanager
-def _multiprocessors(count: int) -> Iterator[None]:
-    """Let the launchers choose tiles for a device of this size, instead of the interpreter's one multiprocessor."""
-    modules = [module for name, module in sys.modules.items() if name.startswith("attn_kernels.ops.")]
-    asked = [module for module in modules if hasattr(module, "multiprocessors")]
-    assert asked, "the launchers ask elsewhere for the number of multiprocessors"
-    with ExitStack() as stack:
-        for module in asked:
-            stack.enter_context(patch.object(module, "multiprocessors", lambda x: count))
-        yield
 
 
 def provenance() -> str:

@@ -17,6 +17,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 import attn_kernels
+from attn_kernels._recording import launching_without_data
 from attn_kernels.functional import is_fused
 from attn_kernels.ops import _launch, batch_norm_relu
 from attn_kernels.ops._device import tile_offsets
@@ -40,7 +41,6 @@ from benchmarks.machine_code import (
     Kernel,
     MachineCode,
     Sass,
-    launching_on_meta,
     ops,
     parse_ptx,
     parse_sass,
@@ -336,7 +336,7 @@ class TestAddresses:
         with torch.device("meta"):
             module = Site("", name, self.SHAPE[1:], options=options).build(attn_kernels)
             x = torch.empty(self.SHAPE, dtype=torch.float16).to(memory_format=LAYOUTS[layout]).requires_grad_()
-        with launching_on_meta(2112 if name == "BAM" else 132):  # more, so that a program of BAM's has few samples
+        with launching_without_data(2112 if name == "BAM" else 132):  # more, so that a program of BAM's has few samples
             y = module(x, x, "relu")
             torch.autograd.grad(y, x, torch.empty_like(y))
         assert touched
@@ -359,7 +359,7 @@ def _offsets_kernel(offsets_ptr, c, p, C, P, CHANNELS_LAST: tl.constexpr):
 def test_offsets_within_the_largest_sample(channels_last, device):
     """Offsets within a sample may be 32 bits wide only because larger samples are left to the reference."""
     largest = (2**15, 2**15 - 1)
-    with launching_on_meta(132):
+    with launching_without_data(132):
         fused = [is_fused(torch.empty(1, *size, 1, device="meta")) for size in (largest, (2**15, 2**15))]
     assert fused == [True, False]
     for c, p in (

@@ -1,5 +1,6 @@
-"""Kernels compiled ahead: by Triton's own launcher, into its cache, so that another process compiles none."""
+"""Kernels compiled ahead into Triton's cache, so that the process that launches them compiles none."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,35 +8,195 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+import attn_kernels
+from attn_kernels.precompile import specializations
 from benchmarks import precompile, smoke, speed, train
-from benchmarks.plan import Cell
 from benchmarks.precompile import Case
 from benchmarks.shapes import KERNELS
 
-pytestmark = pytest.mark.usefixtures("single_launch")
-
 ROOT = Path(__file__).parents[1]
-COMPILE = """
-from benchmarks.precompile import Case, launches
-for kernel, layout in (("simam", "contiguous"), ("se", "channels_last")):
-    found = launches(Case(kernel, (2, 16, 8, 8), "bf16", layout, kernel == "se"), 90, 132)
-    print(found.kernels, found.compiled, found.error)
+PREFACE = """
+import json, sys, threading
+from unittest.mock import patch
+import torch, triton
+from torch import nn
+import attn_kernels, reference
+from attn_kernels import functional, models
+from attn_kernels._compiler import Outcome, compilations, compile_all
+from attn_kernels._recording import Specialization, compiling_for, launching_without_data
+from attn_kernels.precompile import precompile, specializations
+from triton.runtime.jit import JITFunction
+
+class Network(nn.Module):
+    def __init__(self, *attention):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)
+        self.attention = nn.Sequential(*attention)
+
+    def forward(self, x):
+        return self.attention(torch.relu(self.bn(self.conv(x))))
+
+SHAPE = 2, 3, 10, 10
+GPU = {"capability": (9, 0), "multiprocessors": 132}
+
+def recorded(model, layout=torch.channels_last, backward=True):
+    return set(specializations(model, SHAPE, None, layout, backward, 90, 132))
 """
 
 
-def compile_in_a_process(cache: Path) -> list[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(cache)
-    command = [sys.executable, "-c", COMPILE]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+def run(program: str, cache: Path) -> list:
+    """What the program prints in a process whose kernels are not interpreted: JSON, one value per line."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", PREFACE + program],
+        cwd=ROOT,
+        env=inherited | {"TRITON_CACHE_DIR": str(cache), "ATTN_KERNELS_SINGLE_LAUNCH": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_a_second_process_compiles_nothing(tmp_path):
-    assert compile_in_a_process(tmp_path) == ["2 2 ", "2 2 "]
-    assert compile_in_a_process(tmp_path) == ["2 0 ", "2 0 "]
+AHEAD = """
+model = Network(attn_kernels.SE(16), attn_kernels.SimAM()).to(memory_format=torch.channels_last)
+model.attention[0].eval()
+before = {name: t.clone() for name, t in model.state_dict().items()}
+with torch.autocast("cpu", torch.bfloat16):
+    found = precompile(model, SHAPE, **GPU, jobs=2, progress=False)
+print(json.dumps([found.kernels, found.compiled]))
+print(json.dumps(all(torch.equal(t, before[name]) for name, t in model.state_dict().items())))
+print(json.dumps([module.training for module in model.modules()]))
+"""
+
+# By Triton's launcher, in the second way that it has to compile a kernel.
+LAUNCHED = """
+model = Network(attn_kernels.SE(16), attn_kernels.SimAM()).to("meta", memory_format=torch.channels_last)
+run = JITFunction.run
+
+def compile_only(function, *args, warmup, **kwargs):
+    run(function, *args, warmup=True, **kwargs)
+
+with compilations() as compiled, launching_without_data(132), compiling_for(90):
+    with patch.object(JITFunction, "run", compile_only):
+        x = torch.empty(2, 16, 8, 8, device="meta", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+        y = model.attention(x.requires_grad_())
+        torch.autograd.grad(y, [x, *model.attention.parameters()], torch.empty_like(y))
+print(json.dumps(compiled))
+"""
+
+
+def test_who_launches_afterwards_compiles_nothing(tmp_path):
+    (kernels, compiled), unchanged, training = run(AHEAD, tmp_path)
+    assert (kernels, compiled) == (5, 5)  # SE forward in training, and in inference; SimAM's is the same; two backward
+    assert unchanged
+    assert training == [True] * 4 + [False] * (len(training) - 5) + [True]  # of SE, its layers and SimAM
+    assert run(LAUNCHED, tmp_path) == [[]]
+    assert run(AHEAD, tmp_path)[0] == [5, 0]
+
+
+WHAT_IS_RECORDED = """
+eager = Network(attn_kernels.CBAM(16))
+training = recorded(eager)
+print(json.dumps([recorded(eager, backward=False) < training, recorded(torch.compile(eager)) == training]))
+
+ours = Network(reference.SE(16))
+print(json.dumps(len(recorded(ours))))
+
+import benchmarks.users as users
+fused = Network(users.library("timm.layers").SEModule(16, rd_channels=1))
+attn_kernels.fuse_(fused)
+print(json.dumps(recorded(fused) == recorded(Network(attn_kernels.SE(16, hidden_channels=1)))))
+
+print(json.dumps(recorded(nn.Sequential(attn_kernels.SimAM())) > set()))
+
+# Whatever computes a convolution here, its output is laid out as on a GPU.
+model = Network(attn_kernels.SE(16)).to(memory_format=torch.channels_last)
+found = recorded(model)
+with torch.backends.mkldnn.flags(enabled=False):
+    contiguous = recorded(Network(attn_kernels.SE(16)), torch.contiguous_format)
+    print(json.dumps([recorded(model) == found, contiguous != found]))
+
+# Nobody else is recorded.
+def elsewhere():
+    x = torch.empty(1, 1, 1, 1)
+    others.append(functional.is_fused(x))
+    try:
+        others.append(triton.runtime.driver.active.get_current_device() == 0)
+    except RuntimeError as error:  # there is no GPU
+        others.append("active drivers" in str(error))
+
+class Elsewhere(nn.Module):
+    def forward(self, x):
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        return x
+
+others = []
+recorded(Network(Elsewhere()))
+print(json.dumps(others[:2]))
+try:
+    precompile(ours, SHAPE, progress=False)
+except ValueError as error:
+    print(json.dumps(str(error)))
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens without a GPU")
+def test_what_is_recorded(tmp_path):
+    found = run(WHAT_IS_RECORDED, tmp_path)
+    assert found[:-1] == [[True, True], 0, True, True, [True, True], [False, True]]
+    assert "capability: expected it to be given, since there is no GPU here; (9, 0) for an H100" in found[-1]
+
+
+FAILURES = """
+good = recorded(Network(attn_kernels.SimAM())).pop()
+dies = Specialization("dies_when_imported", "kernel", "")
+bad = good._replace(data=good.data.replace("simam", "nobody"))
+for kernel, outcome in compile_all([dies, dies, good, bad], 90, jobs=1):
+    print(json.dumps([kernel.module, outcome.compiled, outcome.error]))
+"""
+
+
+def test_one_failure_costs_its_own_kernel_only(tmp_path, monkeypatch):
+    (tmp_path / "dies_when_imported.py").write_text("import os; os._exit(3)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    bad, *others = run(FAILURES, tmp_path / "cache")
+    assert bad[1] is False
+    assert "RuntimeError" in bad[2]
+    dead = ["dies_when_imported", False, "its process ended: 3"]
+    assert sorted(others) == [["attn_kernels.ops.simam", True, ""], dead, dead]
+
+
+class TestArguments:
+    MODEL = nn.Sequential(attn_kernels.SE(16))
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "message"),
+        [
+            ((nn.functional.relu, (1, 16, 8, 8)), TypeError, "model: expected an nn.Module, got function"),
+            ((MODEL, 16), TypeError, "input_shape: expected a sequence of integers, got 16"),
+            ((MODEL, (1, 16.0, 8, 8)), TypeError, "input_shape: expected a sequence of integers"),
+            ((MODEL, ()), ValueError, "input_shape: expected positive integers, got ()"),
+            ((MODEL, (0, 16, 8, 8)), ValueError, "input_shape: expected positive integers, got (0, 16, 8, 8)"),
+        ],
+    )
+    def test_are_checked(self, arguments, error, message):
+        with pytest.raises(error, match="^" + message.replace("(", r"\(").replace(")", r"\)")):
+            attn_kernels.precompile(*arguments)
+
+    def test_jobs(self):
+        with pytest.raises(ValueError, match="jobs: expected a positive integer or None, got 0"):
+            attn_kernels.precompile(self.MODEL, (1, 16, 8, 8), jobs=0)
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted here without a GPU only")
+    def test_an_interpreter_compiles_nothing(self):
+        with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"):
+            attn_kernels.precompile(self.MODEL, (1, 16, 8, 8), capability=(9, 0), multiprocessors=132)
 
 
 class TestCases:
@@ -48,7 +209,7 @@ class TestCases:
         for cell in speed.cells(["se", "se_add_relu", "cbam"], ["fused"], [32, 256], dtypes=["bf16"]):
             block = KERNELS[cell.kernel].epilogue
             assert Case(cell.kernel, cell.shape, "bf16", cell.layout, block) in found
-        networks = {case.kernel for case in found if isinstance(case, Cell)}
+        networks = {case.kernel for case in found if not isinstance(case, Case)}
         assert networks == {"se_resnet50", "cbam_resnet50", "simam_resnet50", "bam_resnet50", "timm/efficientnet_b0"}
 
     def test_of_one_step_and_kernel(self):
@@ -56,10 +217,34 @@ class TestCases:
         assert [case.kernel for case in found] == ["simam"] * len(smoke.CASES)
 
 
+COMMAND = """
+from benchmarks import precompile
+cases = [
+    precompile.Case("simam", (2, 16, 8, 8), "bf16", "contiguous", False),
+    precompile.Case("se", (2, 16, 8, 8), "bf16", "channels_last", True),
+]
+print(json.dumps([len(precompile.launches(case, 90, 132)) for case in cases]))
+with patch.object(precompile, "cases", lambda *_: cases):
+    import argparse, io, contextlib
+    for _ in range(2):
+        with contextlib.redirect_stdout(io.StringIO()) as text:
+            status = precompile.run(argparse.Namespace(architecture="sm_90", jobs=2, steps=["smoke"], kernels=["se"]))
+        print(json.dumps([status, text.getvalue().splitlines()[-1].replace(",", "").split()]))
+"""
+
+
+def test_command_compiles_what_its_cases_launch(tmp_path):
+    launched, first, second = run(COMMAND, tmp_path)
+    assert launched == [2, 3]  # SimAM of whole planes keeps nothing for backward
+    for (status, words), compiled in ((first, "5"), (second, "0")):
+        assert status == 0
+        assert words[:5] == [compiled, "of", "5", "kernels", "compiled"]
+        assert words[-4:-2] == ["0", "failures"]
+
+
 @pytest.mark.parametrize("network", ["simam_resnet50", "bam_resnet50"])
 def test_networks_give_attention_what_autocast_gives_it(network, monkeypatch):
-    """On meta tensors, where there is no autocast: the same shapes, dtypes and layouts."""
-    import attn_kernels
+    """On fake tensors: the same shapes, dtypes and layouts."""
     import reference
 
     kind = attn_kernels.SimAM if network.startswith("simam") else attn_kernels.BAM
@@ -74,16 +259,18 @@ def test_networks_give_attention_what_autocast_gives_it(network, monkeypatch):
     monkeypatch.setattr(kind, "forward", spy)
     cells = train.cells([network], ["fused"], [2], ["bf16"], ["train"])
     cell = next(cell for cell in cells if cell.fused)._replace(shape=(2, 3, 64, 64))
+    # No kernel, which would be interpreted.
     monkeypatch.setattr(kind, "_function", staticmethod(getattr(reference, kind.__name__.lower())))
-    precompile._network(cell)
-    on_meta = seen.copy()
+    model = train.build(cell).to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert specializations(model, cell.shape, None, None, True, 90, 132) == []
+    on_fakes = seen.copy()
     seen.clear()
     images = torch.randn(cell.shape).contiguous(memory_format=torch.channels_last)
-    network = train.build(cell).to(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16):
-        network(images)
-    assert len(on_meta) > 2
-    assert on_meta == seen
+        model(images)
+    assert len(seen) > 2
+    assert on_fakes == seen * 2  # in training, and in inference
 
 
 def test_calls_baselines_forward_and_backward(monkeypatch):
@@ -98,8 +285,8 @@ def test_calls_baselines_forward_and_backward(monkeypatch):
 
     cells = {cell.kernel: cell for cell in speed.cells(["simam", "se_add_relu"], ["compile"], [32], dtypes=["bf16"])}
     for cell in cells.values():
-        found = precompile.launches(cell._replace(shape=(2, 16, 4, 4)), 90, 132)
-        assert found.error == ""
+        _, error = precompile._baseline(cell._replace(shape=(2, 16, 4, 4)))
+        assert error == ""
     assert len(graphs) == 2
 
 
@@ -107,3 +294,23 @@ def test_takes_the_architecture_that_is_asked_for():
     assert precompile.target("sm_80") == (80, 108)
     if not torch.cuda.is_available():
         assert precompile.target() == (90, 132)
+
+
+CACHE_KEYS = """
+from attn_kernels.ops import _launch
+_launch.settle_cache_keys()
+modules = [module for name, module in sys.modules.items() if name.startswith("attn_kernels.ops.")]
+functions = [f for module in modules for f in vars(module).values() if isinstance(f, JITFunction)]
+keys = [f.cache_key for f in functions]
+for f in functions:  # now that all others are hashed
+    f.hash, f.used_global_vals = None, {}
+    f.cache_key
+print(json.dumps([len(keys), [f.fn.__name__ for f, key in zip(functions, keys) if f.cache_key != key]]))
+"""
+
+
+def test_place_in_the_cache_does_not_depend_on_the_order_of_launches(tmp_path):
+    """What Triton has hashed before its callees it would hash differently now."""
+    ((count, wrong),) = run(CACHE_KEYS, tmp_path)
+    assert count > 50
+    assert wrong == []

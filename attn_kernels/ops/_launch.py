@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 
 import torch
 from torch import Tensor
@@ -17,15 +18,35 @@ from attn_kernels.ops._library import is_channels_last
 
 SINGLE_LAUNCH = os.environ.get("ATTN_KERNELS_SINGLE_LAUNCH", "1") != "0"
 
+# Of a GPU for which launches on tensors elsewhere are recorded (``attn_kernels._recording``); else 0.
+assumed_multiprocessors = 0
+
 
 @functools.lru_cache
 def _multiprocessors(device_index: int | None) -> int:
+    settle_cache_keys()  # here, since every launcher asks for this first, and once per device
     return torch.cuda.get_device_properties(device_index).multi_processor_count
 
 
 def multiprocessors(x: Tensor) -> int:
     """Of x's GPU; 1 under the interpreter, which runs programs one after another."""
-    return _multiprocessors(x.device.index) if x.is_cuda else 1
+    return _multiprocessors(x.device.index) if x.is_cuda else assumed_multiprocessors or 1
+
+
+@functools.cache
+def settle_cache_keys() -> None:
+    """Have Triton hash every function of this package, callees before callers.
+
+    A kernel's place in Triton's cache is a hash of all functions that it calls and of their constants. Before 3.9
+    Triton misses the constants of a callee that it has not hashed yet (triton-lang/triton pull request 10494): the same
+    kernel is then compiled anew in a process that launches kernels in another order.
+    """
+    from triton.runtime.jit import JITFunction
+
+    for module in [m for name, m in sys.modules.items() if name.startswith("attn_kernels.ops.")]:
+        for function in vars(module).values():  # in the order of their definitions, as modules are of their imports
+            if isinstance(function, JITFunction) and function.module == module.__name__:
+                _ = function.cache_key
 
 
 def _tile(choose, x: Tensor, **options: bool) -> config.Tile:

@@ -19,7 +19,8 @@ except ImportError:  # it is private: where it has moved, torch.compile compiles
 
 # A kernel reads the memory of these. Any other subclass (a shard, a quantised weight) has operators of its own. Under
 # torch.compile and in its fake tensors an operator is recorded, not run.
-PLAIN = frozenset((Tensor, nn.Parameter, FakeTensor, type(None)))
+PLAIN_TENSORS = frozenset((Tensor, nn.Parameter, FakeTensor))
+PLAIN = PLAIN_TENSORS | {type(None)}
 
 _library = library.Library("attn_kernels", "DEF")
 

@@ -1,0 +1,136 @@
+"""What operators would launch, found out without a GPU and without data.
+
+Inside ``launching_without_data`` meta tensors and PyTorch's fake tensors take the fused path, and every operator's
+launcher runs on meta tensors. Inside ``specializing`` Triton's launcher is stopped where it would compile, and tells
+what. Neither disturbs another thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Lock, get_ident
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_any, tree_map_only
+from triton.backends.compiler import GPUTarget
+
+from attn_kernels.ops import _launch
+from attn_kernels.ops._library import FakeTensor, is_channels_last
+
+_LAUNCHER = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+_lock = Lock()  # what is recorded is one thread's
+
+
+class Specialization(NamedTuple):
+    """A kernel as Triton compiles it, for a set of arguments of the same types, divisibility and constants."""
+
+    module: str
+    kernel: str
+    data: str  # JSON, of which Triton's preload() compiles the kernel
+
+
+@contextmanager
+def launching_without_data(multiprocessors: int) -> Iterator[None]:
+    """Inside the block modules launch on meta and fake tensors, as on a GPU of that size."""
+    with _lock, _Launchers():
+        _launch.assumed_multiprocessors = multiprocessors
+        try:
+            yield
+        finally:
+            _launch.assumed_multiprocessors = 0
+
+
+class _Launchers(TorchDispatchMode):
+    """Runs an operator's launcher: on meta tensors in place of its fake, on fake tensors beside it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.namespace != "attn_kernels":
+            y = func(*args, **kwargs)
+            return _laid_out(y, *args[:2]) if func is torch.ops.aten.convolution.default else y
+        if not tree_any(lambda t: isinstance(t, FakeTensor), args):
+            return func.redispatch(_LAUNCHER, *args, **kwargs)
+        with torch._C._DisableTorchDispatch():
+            func.redispatch(_LAUNCHER, *tree_map_only(Tensor, _on_meta, args), **kwargs)
+        return func(*args, **kwargs)
+
+
+def _on_meta(t: Tensor) -> Tensor:
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
+
+def _laid_out(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """A convolution's output as cuDNN lays it out, whatever computes it here (ATen/native/ConvUtils.h)."""
+    channels_last = x.dtype != torch.float64 and any(t.dim() == 4 and is_channels_last(t) for t in (x, weight))
+    return y.contiguous(memory_format=torch.channels_last) if channels_last else y
+
+
+@contextmanager
+def specializing(capability: int, heard: Callable[[Specialization, dict], None]) -> Iterator[None]:
+    """Inside the block this thread's launches do nothing, but tell what they would compile for that capability.
+
+    ``heard`` is called at every launch, with what Triton says of the compilation too.
+    """
+    hook, thread = triton.knobs.runtime.jit_cache_hook, get_ident()
+
+    def listen(*, fn, compile, **others) -> bool | None:
+        if get_ident() != thread:
+            return hook(fn=fn, compile=compile, **others) if hook else None
+        heard(Specialization(fn.module, fn.name, compile["specialization_data"]), compile)
+        return True  # do not compile
+
+    with compiling_for(capability, "recording"):  # where no kernel is ever compiled: every launch is heard
+        triton.knobs.runtime.jit_cache_hook = listen
+        try:
+            yield
+        finally:
+            triton.knobs.runtime.jit_cache_hook = hook
+
+
+@contextmanager
+def compiling_for(capability: int, device: str = "compiling") -> Iterator[None]:
+    """Inside the block this thread's launcher finds a GPU of that capability that can only be compiled for.
+
+    Triton keeps by ``device`` what it has compiled.
+    """
+    _launch.settle_cache_keys()
+    triton.runtime.driver.set_active(_Driver(capability, f"{device} for sm_{capability}"))
+    try:
+        yield
+    finally:
+        triton.runtime.driver.set_active(None)  # the machine's own, which is found where it is asked for
+
+
+class _Driver:
+    """All that Triton's launcher asks of a driver before it compiles; to other threads, the machine's own."""
+
+    def __init__(self, capability: int, device: str):
+        self._capability, self._device, self._thread = capability, device, get_ident()
+
+    def get_current_device(self) -> object:
+        return self._device if self._is_ours() else self._own().get_current_device()
+
+    def get_current_stream(self, device: object) -> int:
+        return 0 if self._is_ours() else self._own().get_current_stream(device)
+
+    def get_current_target(self) -> GPUTarget:
+        return target(self._capability) if self._is_ours() else self._own().get_current_target()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._own(), name)
+
+    def _is_ours(self) -> bool:
+        return get_ident() == self._thread
+
+    def _own(self):
+        return triton.runtime.driver.default
+
+
+def target(capability: int) -> GPUTarget:
+    """What Triton compiles for: 90 is compute capability 9.0."""
+    return GPUTarget("cuda", capability, 32)
