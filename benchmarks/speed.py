@@ -62,10 +62,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{name}", nargs="+", type=kind, choices=choices, default=[*choices], metavar=name.upper(), help=listed
         )
+    parser.add_argument(
+        "--sweep", action="store_true", help="the fused modules alone, with one option of one kernel's launch changed"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     a = arguments
+    if a.sweep:
+        from benchmarks import sweep  # here, for it needs this module
+
+        return sweep.run(a)
     plan = partial(cells, a.kernels, a.providers, a.batches, a.layouts, a.dtypes)
     return runner.run(plan, {SUITE: measure}, PRIORS, arguments)
 
@@ -121,7 +128,7 @@ def measure(cell: Cell, results: Results) -> Iterator[tuple[str, list[Measuremen
     sets = [first, *(inputs(cell, device, seed) for seed in range(1, count))]
     if cell.fused and operands[0].numel() <= CHECKED:
         try:
-            _check(cell, module, plain, *first)
+            check(cell, module, plain, *first)
         except Wrong as error:
             results.mark(cell.place, f"{WRONG}: {error}")
     parameters = list(plain.parameters())
@@ -144,7 +151,7 @@ def _speed(times: Quantiles, floor: int, light: Quantiles) -> Iterator[Measureme
     yield Measurement("copy_share", "%", times.under(100 * light.p50))
 
 
-def _check(cell: Cell, module: nn.Module, plain: nn.Module, operands: Sequence[Tensor], dy: Tensor) -> None:
+def check(cell: Cell, module: nn.Module, plain: nn.Module, operands: Sequence[Tensor], dy: Tensor) -> None:
     x, *residual = operands
     expected = KERNELS[cell.kernel].build(reference, *cell.shape[1:3]).to(x.device)
     expected.load_state_dict(plain.state_dict())
