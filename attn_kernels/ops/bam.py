@@ -107,7 +107,7 @@ def dlogits_kernel(
     o_p = p + tl.arange(0, BLOCK_P)
     b_spatial = tl.load(spatial_ptr + i_n * P + o_p, mask=o_p < P, other=0).to(ACC)
     b_dspatial = tl.zeros([BLOCK_C, BLOCK_P], ACC)
-    for c in range(0, C, BLOCK_C):
+    for c in tl.range(0, C, BLOCK_C, num_stages=2):
         o_c = c + tl.arange(0, BLOCK_C)
         b_dy = load_tail_grad(dy_ptr, mask_ptr, dresidual_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
         b_x = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
@@ -322,6 +322,7 @@ def _dx(
     tile, block_h, programs = reduce_bwd_tile(x, hidden)
     dx = torch.empty_like(x)
     dparameters = dmean.new_empty((programs, hidden * (c + 1)))
+    options = tile_options(x, tile)
     dx_kernel[(config.cdiv(c, tile.block_c), programs)](
         dy,
         x,
@@ -337,9 +338,10 @@ def _dx(
         h * w,
         hidden,
         BLOCK_H=block_h,
-        **tile_options(x, tile),
-        num_stages=1,  # prefetching spills
-        maxnreg=255,  # ptxas spilled 8 bytes for an occupancy of its own choice
+        **options,
+        # Rows of single 16-bit elements cannot be copied ahead: cp.async takes 4 bytes at least.
+        num_stages=2 if options["UNIT"] * x.element_size() >= 4 else 1,
+        maxnreg=128,
     )
     return dx, dparameters.sum(0)
 
