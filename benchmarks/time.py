@@ -16,8 +16,7 @@ import math
 import multiprocessing
 import os
 import sys
-import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import cache
@@ -120,7 +119,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pessimistic", action="store_true", help="hop 1.5 us, DRAM 0.9 us, L2 4.5 TB/s")
     parser.add_argument("--sensitivity", action="store_true", help="what each assumption decides, for the first case")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes (default: one a core)")
-    parser.add_argument("--output", type=Path, metavar="CSV", help="write there, and a picture beside it")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="CSV",
+        help="a record: its rows of these cases are replaced, its picture drawn anew",
+    )
 
 
 def _map(text: str) -> tuple[int, int, int]:
@@ -165,8 +169,7 @@ def run(arguments: argparse.Namespace) -> int:
         console.print(sensitivity_table(cases[0], found))
     console.print(provenance(), soft_wrap=True, style="dim")
     if arguments.output:
-        save(rows, arguments.output)
-        draw(rows, arguments.output.with_suffix(".png"))
+        draw(save(rows, arguments.output), arguments.output.with_suffix(".png"))
         console.print(f"Written: {arguments.output}, {arguments.output.with_suffix('.png')}")
     return 0
 
@@ -267,8 +270,7 @@ def _others(case: Case, provider: str, direction: str, floor: float, machine: Ma
 
 @cache
 def _traffic() -> dict[tuple[str, ...], dict[str, str]]:
-    with (RESULTS / "traffic.csv").open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["mode"] == "train"]
+    rows = [row for row in _read(RESULTS / "traffic.csv") if row["mode"] == "train"]
     return {(row["op"], row["stage"], row["layout"], row["provider"]): row for row in rows}
 
 
@@ -349,49 +351,69 @@ def _us(value: float | None) -> str:
 PLACE = ("op", "shape", "layout", "dtype", "machine", "pessimistic", "pass")
 
 
-def save(rows: Iterable[tuple[Case, list[Time]]], path: Path) -> None:
-    """A row a case and pass."""
+def save(rows: Iterable[tuple[Case, list[Time]]], path: Path) -> list[dict[str, str]]:
+    """Write a row per case and pass into a record, in place of those that it has of them; all rows of the record."""
+    found = {_place(row): row for row in _read(path)}
     where = {**versions(), "commit": commit(), "command": command()}
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["kind", *PLACE, "share", *Time._fields, *where])
-        for case, direction, time in _flat(rows):
-            place = case.op, _text(case.shape), case.layout, "bf16", case.machine, int(case.pessimistic), direction
-            figures = ["" if value is None else f"{value:.4g}" for value in (time.share, *time)]
-            writer.writerow(["MODEL", *place, *figures, *where.values()])
-
-
-def _flat(rows: Iterable[tuple[Case, list[Time]]]) -> Iterator[tuple[Case, str, Time]]:
     for case, passes in rows:
         for direction, time in zip(DIRECTIONS, passes, strict=True):
-            yield case, direction, time
+            place = case.op, _text(case.shape), case.layout, "bf16", case.machine, str(int(case.pessimistic)), direction
+            figures = ["" if value is None else f"{value:.4g}" for value in (time.share, *time)]
+            names = "kind", *PLACE, "share", *Time._fields
+            found[place] = dict(zip(names, ("MODEL", *place, *figures), strict=True)) | where
+    # In the order in which they are asked for.
+    ops, machines, maps = list(OPS), list(MACHINES), [_text(stage.map) for stage in STAGES.values()]
+
+    def order(row: dict[str, str]) -> tuple:
+        batch, _, shape = row["shape"].partition("x")
+        rank = maps.index(shape) if shape in maps else len(maps)
+        machine = row["pessimistic"], machines.index(row["machine"])
+        return *machine, ops.index(row["op"]), int(batch), rank, shape, row["layout"] != "contiguous"
+
+    ordered = sorted(found.values(), key=order)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ordered[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(ordered)
+    return ordered
 
 
-def draw(rows: Sequence[tuple[Case, list[Time]]], path: Path) -> None:
+def _read(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _place(row: dict[str, str]) -> tuple[str, ...]:
+    return tuple(row[name] for name in PLACE)
+
+
+def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
     """The share of a copy's bandwidth by operator and shape, of the first machine, a panel a pass."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    first = rows[0][0]
-    rows = [(case, passes) for case, passes in rows if case.machine == first.machine]
-    ops = list(dict.fromkeys(case.op for case, _ in rows))
-    shapes = list(dict.fromkeys(case.shape for case, _ in rows))
+    first = rows[0]
+    rows = [row for row in rows if all(row[name] == first[name] for name in ("machine", "pessimistic"))]
+    ops = list(dict.fromkeys(row["op"] for row in rows))
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
     figure, panels = pyplot.subplots(len(DIRECTIONS), 1, figsize=(11, 7.5), sharex=True, layout="constrained")
     width = 0.84 / len(shapes)
     colours = pyplot.get_cmap("viridis")
-    for panel, (i, direction) in zip(panels, enumerate(DIRECTIONS), strict=True):
+    for panel, direction in zip(panels, DIRECTIONS, strict=True):
         for k, shape in enumerate(shapes):
             colour = colours(0.1 + 0.75 * k / max(len(shapes) - 1, 1))
             for place, op in enumerate(ops):
-                found = [passes[i] for case, passes in rows if (case.op, case.shape) == (op, shape)]
+                found = [row for row in rows if (row["op"], row["shape"], row["pass"]) == (op, shape, direction)]
                 x = place + (k - (len(shapes) - 1) / 2) * width
-                worst = min((time.share for time in found), default=0)
-                panel.bar(x, 100 * worst, width * 0.92, color=colour, label=_text(shape) if place == 0 else None)
-                compile_shares = [time.copy_us / time.compile_us for time in found if time.compile_us]
-                if compile_shares:
-                    panel.hlines(100 * max(compile_shares), x - width / 2, x + width / 2, color="#d1495b", lw=1.6)
+                worst = min((float(row["share"]) for row in found), default=0)
+                panel.bar(x, 100 * worst, width * 0.92, color=colour, label=shape if place == 0 else None)
+                compiled = [float(row["copy_us"]) / float(row["compile_us"]) for row in found if row["compile_us"]]
+                if compiled:
+                    panel.hlines(100 * max(compiled), x - width / 2, x + width / 2, color="#d1495b", lw=1.6)
         panel.axhline(85, color="0.6", lw=0.8, ls="--")
         panel.set_title(direction, loc="left", fontsize=11, fontweight="bold")
         panel.set_ylabel("% of a copy's bandwidth")
@@ -400,8 +422,9 @@ def draw(rows: Sequence[tuple[Case, list[Time]]], path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].plot([], [], color="#d1495b", lw=1.6, label="torch.compile")
     panels[0].legend(frameon=False, ncols=6, loc="upper center", bbox_to_anchor=(0.5, 1.22))
-    figure.suptitle(f"MODEL, not a measurement: share of a copy's bandwidth, bf16, {first.machine}", fontsize=13)
-    caption = textwrap.fill(provenance(), 130)
+    figure.suptitle(f"MODEL, not a measurement: share of a copy's bandwidth, bf16, {first['machine']}", fontsize=13)
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    caption = f"torch {first['torch']}, Triton {first['triton']}, commits {commits}: python -m benchmarks time"
     figure.supxlabel(f"The worse of both layouts; torch.compile: the better.\n{caption}", fontsize=8, color="0.35")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
