@@ -260,10 +260,13 @@ def reduce_bwd_tile(n: int, c: int, p: int, hidden: int, itemsize: int, multipro
     if itemsize == 8:
         return Tile(16, 16, 4), 16, min(n * cdiv(p, 16), 4)
     block_h = min(max(next_power_of_2(hidden), 16), 64)
-    # More pixels spill beside more units, and in float32: 128 registers are what two programs of 8 warps leave each.
-    block_c, block_p = 128 // itemsize, min(max(next_power_of_2(p), 16), 64 if itemsize == 2 and block_h <= 32 else 32)
-    programs = min(n * cdiv(p, block_p), cdiv(2 * multiprocessors, cdiv(c, block_c)))
-    return Tile(block_c, block_p, 8), block_h, programs
+    # Three programs of 4 warps run at once, in 168 registers per thread, which larger tiles spill on sm_80. No program
+    # more than that: it would begin when all others end. Beside many units rows of 128 bytes, for each block of
+    # channels reads all of dreduced.
+    block_c, block_p = (128 // itemsize, 16) if block_h == 64 else (64 // itemsize, 32)
+    block_p = min(max(next_power_of_2(p), 16), block_p)
+    programs = min(n * cdiv(p, block_p), max(3 * multiprocessors // cdiv(c, block_c), 1))
+    return Tile(block_c, block_p, 4), block_h, programs
 
 
 @functools.lru_cache

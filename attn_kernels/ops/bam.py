@@ -271,6 +271,7 @@ def _dlogits(
         c,
         h * w,
         **tile_options(x, tile),
+        maxnreg={2: 128}.get(x.element_size()),  # ptxas spilled 8 bytes on sm_100 where it chose more itself
     )
     dresidual = x.new_empty(0) if dresidual is None else dresidual
     return dchannel.sum(1).to(channel.dtype), dspatial, dresidual
@@ -322,7 +323,6 @@ def _dx(
     tile, block_h, programs = reduce_bwd_tile(x, hidden)
     dx = torch.empty_like(x)
     dparameters = dmean.new_empty((programs, hidden * (c + 1)))
-    options = tile_options(x, tile)
     dx_kernel[(config.cdiv(c, tile.block_c), programs)](
         dy,
         x,
@@ -338,10 +338,9 @@ def _dx(
         h * w,
         hidden,
         BLOCK_H=block_h,
-        **options,
-        # Rows of single 16-bit elements cannot be copied ahead: cp.async takes 4 bytes at least.
-        num_stages=2 if options["UNIT"] * x.element_size() >= 4 else 1,
-        maxnreg=128,
+        **tile_options(x, tile),
+        num_stages=2,
+        maxnreg=168,
     )
     return dx, dparameters.sum(0)
 
