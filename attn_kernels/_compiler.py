@@ -65,13 +65,15 @@ def _cpu_seconds() -> float:
 
 @contextmanager
 def compilations() -> Iterator[list[str]]:
-    """The names of the kernels that this process compiles inside the block, as they come; none that is in the cache."""
+    """The names of the kernels that this thread compiles inside the block, as they come; none that is in the cache."""
     found: list[str] = []
-    before = triton.knobs.compilation.listener
+    before, thread = triton.knobs.compilation.listener, threading.get_ident()
 
-    def listen(*, src, cache_hit, **_) -> None:
-        if not cache_hit:
+    def listen(*, src, cache_hit, **others) -> None:
+        if not cache_hit and threading.get_ident() == thread:
             found.append(src.name)
+        if before is not None:
+            before(src=src, cache_hit=cache_hit, **others)
 
     triton.knobs.compilation.listener = listen
     try:
@@ -109,10 +111,12 @@ class _Worker:
     """A process that compiles one kernel after another; a new one where it ended."""
 
     def __init__(self, capability: int):
-        self._capability = capability
+        self._capability, self._stopped = capability, False
         self._process: subprocess.Popen | None = None
 
     def compile(self, kernel: Specialization) -> Outcome:
+        if self._stopped:
+            return Outcome(False, 0, "stopped")
         if self._process is None or self._process.poll() is not None:
             self._process = self._start()
         try:
@@ -126,14 +130,14 @@ class _Worker:
         return Outcome(*json.loads(answer))
 
     def stop(self) -> None:
+        self._stopped = True
         if self._process is not None:
             self._process.kill()
             self._process.wait()
 
     def _start(self) -> subprocess.Popen:
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        environment |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONWARNINGS": "ignore"}
-        environment["TRITON_CACHE_DIR"] = triton.knobs.cache.dir
+        changes = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONWARNINGS": "ignore"}
+        environment = os.environ | changes | {"TRITON_CACHE_DIR": triton.knobs.cache.dir}
         return subprocess.Popen(
             [sys.executable, "-m", __name__, str(self._capability)],
             stdin=subprocess.PIPE,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Lock, get_ident
+from threading import RLock, get_ident
 from typing import NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from attn_kernels.ops import _launch
 from attn_kernels.ops._library import FakeTensor, is_channels_last
 
 _LAUNCHER = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-_lock = Lock()  # what is recorded is one thread's
+_lock = RLock()  # held by the one thread that records or compiles
 
 
 class Specialization(NamedTuple):
@@ -38,11 +38,11 @@ class Specialization(NamedTuple):
 def launching_without_data(multiprocessors: int) -> Iterator[None]:
     """Inside the block modules launch on meta and fake tensors, as on a GPU of that size."""
     with _lock, _Launchers():
-        _launch.assumed_multiprocessors = multiprocessors
+        _launch.assumed_multiprocessors, _launch.recorded_thread = multiprocessors, get_ident()
         try:
             yield
         finally:
-            _launch.assumed_multiprocessors = 0
+            _launch.assumed_multiprocessors = _launch.recorded_thread = 0
 
 
 class _Launchers(TorchDispatchMode):
@@ -74,14 +74,15 @@ def _laid_out(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 def specializing(capability: int, heard: Callable[[Specialization, dict], None]) -> Iterator[None]:
     """Inside the block this thread's launches do nothing, but tell what they would compile for that capability.
 
-    ``heard`` is called at every launch, with what Triton says of the compilation too.
+    ``heard`` is called at every launch of this package's kernels, with what Triton says of the compilation too.
     """
     hook, thread = triton.knobs.runtime.jit_cache_hook, get_ident()
 
     def listen(*, fn, compile, **others) -> bool | None:
         if get_ident() != thread:
             return hook(fn=fn, compile=compile, **others) if hook else None
-        heard(Specialization(fn.module, fn.name, compile["specialization_data"]), compile)
+        if fn.module.startswith("attn_kernels."):
+            heard(Specialization(fn.module, fn.name, compile["specialization_data"]), compile)
         return True  # do not compile
 
     with compiling_for(capability, "recording"):  # where no kernel is ever compiled: every launch is heard
@@ -99,11 +100,14 @@ def compiling_for(capability: int, device: str = "compiling") -> Iterator[None]:
     Triton keeps by ``device`` what it has compiled.
     """
     _launch.settle_cache_keys()
-    triton.runtime.driver.set_active(_Driver(capability, f"{device} for sm_{capability}"))
-    try:
-        yield
-    finally:
-        triton.runtime.driver.set_active(None)  # the machine's own, which is found where it is asked for
+    with _lock:
+        # None where it was not asked for yet: the machine's own is then found where it is.
+        before = getattr(triton.runtime.driver, "_active", None)
+        triton.runtime.driver.set_active(_Driver(capability, f"{device} for sm_{capability}"))
+        try:
+            yield
+        finally:
+            triton.runtime.driver.set_active(before)
 
 
 class _Driver:

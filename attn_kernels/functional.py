@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from threading import get_ident
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +106,8 @@ def why_not(x: Tensor, others: Sequence[Tensor | None] = (), norm: object = None
 
 def _is_recorded(x: Tensor) -> bool:
     """Whether what a call on x would launch is being recorded (``attn_kernels.precompile``): x has no data then."""
-    return _launch.assumed_multiprocessors > 0 and (x.is_meta or type(x) is FakeTensor)
+    is_ours = _launch.recorded_thread > 0 and _launch.recorded_thread == get_ident()
+    return is_ours and (x.is_meta or type(x) is FakeTensor)
 
 
 def _is_exporting() -> bool:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from attn_kernels import functional
@@ -56,11 +56,12 @@ def precompile(
 ) -> Precompiled:
     """Compile what a training step and an inference of ``model`` launch, in parallel, into Triton's cache.
 
-    Triton compiles a kernel when it is launched first, one after another: about two CPU seconds each, 25 of them in a
-    CBAM-ResNet-50. After this call the first step finds them in the cache, and so does every later process. Call it in
-    the autocast context of the step. The model runs once on fake tensors, which have no data: no memory is used,
-    nothing is launched, and neither parameters nor buffers change. Kernels of others, torch.compile's for instance, are
-    not compiled.
+    Triton compiles a kernel when it is launched first, one after another: in a CBAM-ResNet-50 32 of them, of about a
+    CPU second each. After this call the first step finds them in the cache, and so does every later process with the
+    same ``TRITON_CACHE_DIR``, which this call sets to Triton's own where it is not set: torch.compile would choose
+    another. Call it in the mode (``model.train()``) and under the autocast of the step. The model runs on fake tensors,
+    which have no data: no memory is used, nothing is launched, and neither parameters nor buffers change. Kernels of
+    others, torch.compile's for instance, are not compiled.
 
     Args:
         model: called as ``model(x)``, on the GPU or wherever it is, a compiled one too.
@@ -70,7 +71,7 @@ def precompile(
         memory_format: of ``x``; by default channels_last if a parameter of the model is.
         backward: False compiles for inference alone.
         capability: compute capability to compile for, (9, 0) for an H100; by default that of the GPU. To be given where
-            there is none, when an image is built for instance.
+            there is none, when an image is built for instance; autocast is ``torch.autocast("cpu", ...)`` there.
         multiprocessors: of that GPU, 132 for an H100 SXM: tiles depend on it. By default that of the GPU.
         jobs: processes; by default one per CPU that this process may use.
         progress: a bar on stderr, where ``rich`` is installed.
@@ -87,9 +88,12 @@ def precompile(
     _check(model, input_shape, jobs)
     if reason := _why_not():
         raise RuntimeError(f"precompile cannot compile here: {reason}")
+    import triton
+
     from attn_kernels._compiler import compile_all
 
-    capability, multiprocessors = _gpu(capability, multiprocessors)
+    os.environ.setdefault("TRITON_CACHE_DIR", triton.knobs.cache.dir)
+    capability, multiprocessors = _gpu(model, capability, multiprocessors)
     kernels = specializations(model, input_shape, dtype, memory_format, backward, capability, multiprocessors)
     outcomes = []
     with _bar(len(kernels), progress and bool(kernels)) as advance:
@@ -123,13 +127,14 @@ def _why_not() -> str:
     return ""
 
 
-def _gpu(capability: tuple[int, int] | None, multiprocessors: int | None) -> tuple[int, int]:
-    """The capability to compile for, 90 for 9.0, and the multiprocessors; those not given are the current GPU's."""
+def _gpu(model: nn.Module, capability: tuple[int, int] | None, multiprocessors: int | None) -> tuple[int, int]:
+    """The capability to compile for, 90 for 9.0, and the multiprocessors; those not given are of the model's GPU."""
     if capability is None or multiprocessors is None:
         if not torch.cuda.is_available():
             name, example = ("capability", "(9, 0)") if capability is None else ("multiprocessors", "132")
             raise ValueError(f"{name}: expected it to be given, since there is no GPU here; {example} for an H100")
-        gpu = torch.cuda.get_device_properties()
+        devices = [p.device for p in model.parameters() if p.is_cuda]
+        gpu = torch.cuda.get_device_properties(devices[0] if devices else None)
         capability = capability or (gpu.major, gpu.minor)
         multiprocessors = multiprocessors or gpu.multi_processor_count
     major, minor = capability
@@ -145,7 +150,9 @@ def specializations(
     capability: int,
     multiprocessors: int,
 ) -> list[Specialization]:
-    """The kernels that ``model`` launches, each once; those of backward, which take longest to compile, first."""
+    """The kernels that ``model`` launches, each once; the last first, for backward's take longest to compile."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
     from attn_kernels._recording import launching_without_data, specializing
 
     found: dict[Specialization, None] = {}
@@ -153,22 +160,46 @@ def specializations(
     first = next(model.parameters(), None)
     dtype = dtype or (torch.float32 if first is None else first.dtype)
     memory_format = memory_format or _memory_format(model)
+    device = torch.device("cpu") if first is None or first.is_meta else first.device
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         launching_without_data(multiprocessors),
         specializing(capability, lambda kernel, _: found.setdefault(kernel)),
         torch.autograd.set_multithreading_enabled(False),  # launches are recorded in this thread
+        _autocast(device),
     ):
         # Parameters and buffers as well: what a module did to a buffer of its own would be done.
         state = {name: _fake(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
-        device = "cpu" if first is None or first.is_meta else first.device
         x = torch.empty(input_shape, dtype=dtype, device=device)
         x = x.contiguous(memory_format=memory_format) if x.dim() == 4 else x
         if backward:
-            _step(model, state, x.requires_grad_(x.is_floating_point()))
+            wanted = not any(p.requires_grad for p in model.parameters()) and x.is_floating_point()
+            prefixed = {f"model.{name}": t for name, t in state.items()}
+            torch.func.functional_call(_Step(model), prefixed, (x.requires_grad_(wanted),))
         with _in_evaluation(model), torch.no_grad():
             torch.func.functional_call(model, state, (x,))
     return list(found)[::-1]
+
+
+def _autocast(device: torch.device) -> AbstractContextManager:
+    """For a model on the CPU that will run on the GPU, under its autocast."""
+    if device.type == "cpu" and torch.is_autocast_enabled("cuda"):
+        return torch.autocast("cpu", torch.get_autocast_dtype("cuda"))
+    return nullcontext()
+
+
+class _Step(nn.Module):
+    """A forward and a backward pass of a training step, of whatever the model returns."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> None:
+        with torch.enable_grad():
+            outputs = [y for y in tree_leaves(self.model(x)) if isinstance(y, Tensor) and y.requires_grad]
+        if outputs:
+            torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
 
 
 def _memory_format(model: nn.Module) -> torch.memory_format:
@@ -184,24 +215,16 @@ def _fake(t: Tensor) -> Tensor:
     return fake.requires_grad_(t.requires_grad)
 
 
-def _step(model: nn.Module, state: dict[str, Tensor], x: Tensor) -> None:
-    """A forward and a backward pass of a training step, of whatever the model returns."""
-    with torch.enable_grad():
-        outputs = tree_leaves(torch.func.functional_call(model, state, (x,)))
-    outputs = [y for y in outputs if isinstance(y, Tensor) and y.requires_grad]
-    leaves = [t for t in (x, *state.values()) if t.requires_grad]
-    if outputs:
-        torch.autograd.grad(outputs, leaves, [torch.empty_like(y) for y in outputs], allow_unused=True)
-
-
 @contextmanager
 def _in_evaluation(model: nn.Module) -> Iterator[None]:
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
+    """As ``model.eval()``, but without what a module's own ``train()`` might do to its parameters."""
+    training = [module for module in model.modules() if module.training]
     try:
+        for module in training:
+            module.training = False
         yield
     finally:
-        for module in was_training:
+        for module in training:
             module.training = True
 
 

@@ -371,10 +371,12 @@ def save(rows: Iterable[tuple[Case, list[Time]]], path: Path) -> list[dict[str, 
         return *machine, ops.index(row["op"]), int(batch), rank, shape, row["layout"] != "contiguous"
 
     ordered = sorted(found.values(), key=order)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    new = path.with_suffix(".new")  # the record is whole at any time
+    with new.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ordered[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(ordered)
+    new.replace(path)
     return ordered
 
 

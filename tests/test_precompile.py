@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PREFACE = """
 import json, sys, threading
 from unittest.mock import patch
-import torch, triton
+import torch, torch.utils.checkpoint, triton
 from torch import nn
 import attn_kernels, reference
 from attn_kernels import functional, models
@@ -98,6 +98,31 @@ def test_who_launches_afterwards_compiles_nothing(tmp_path):
     assert run(AHEAD, tmp_path)[0] == [5, 0]
 
 
+STEP = """
+model = Network(attn_kernels.SE(16), attn_kernels.CBAM(16), attn_kernels.SimAM())
+model = model.cuda().to(memory_format=torch.channels_last)
+x = torch.randn(SHAPE, device="cuda").to(memory_format=torch.channels_last)
+with torch.autocast("cuda", torch.bfloat16), compilations() as compiled:
+    if ahead:
+        found = precompile(model, SHAPE, progress=False)
+        compiled.clear()
+    for step in torch.compile(model), model:
+        with torch.no_grad():
+            model.eval()(x)
+        step.train()
+        step(x).sum().backward()
+print(json.dumps([name for name in compiled if not name.startswith("triton_")]))
+"""
+
+
+@pytest.mark.device
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_real_step_compiles_nothing(tmp_path):
+    """In the process that compiled ahead, and in a later one."""
+    assert run(f"ahead = True{STEP}", tmp_path) == [[]]
+    assert run(f"ahead = False{STEP}", tmp_path) == [[]]
+
+
 WHAT_IS_RECORDED = """
 eager = Network(attn_kernels.CBAM(16))
 training = recorded(eager)
@@ -122,8 +147,7 @@ with torch.backends.mkldnn.flags(enabled=False):
 
 # Nobody else is recorded.
 def elsewhere():
-    x = torch.empty(1, 1, 1, 1)
-    others.append(functional.is_fused(x))
+    others.append(functional.is_fused(torch.empty(1, 1, 1, 1, device="meta")))
     try:
         others.append(triton.runtime.driver.active.get_current_device() == 0)
     except RuntimeError as error:  # there is no GPU
@@ -139,6 +163,26 @@ class Elsewhere(nn.Module):
 others = []
 recorded(Network(Elsewhere()))
 print(json.dumps(others[:2]))
+
+from benchmarks.speed_of_light import copy_kernel
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.se = attn_kernels.SE(16)
+
+    def train(self, mode=True):
+        raise AssertionError("what a module does then is not to be undone")
+
+    def forward(self, x):
+        t = torch.empty(64, device="meta")
+        copy_kernel[(1,)](t, t, 64, BLOCK=64)  # of another package
+        return torch.utils.checkpoint.checkpoint(self.se, x, use_reentrant=True)
+
+mixed = Network(Mixed())
+names = {kernel.kernel for kernel in recorded(mixed)}
+unchanged = mixed.training and all(p.grad is None for p in mixed.parameters())
+print(json.dumps([sorted(names), unchanged]))
 try:
     precompile(ours, SHAPE, progress=False)
 except ValueError as error:
@@ -149,7 +193,8 @@ except ValueError as error:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens without a GPU")
 def test_what_is_recorded(tmp_path):
     found = run(WHAT_IS_RECORDED, tmp_path)
-    assert found[:-1] == [[True, True], 0, True, True, [True, True], [False, True]]
+    names = [["channel_gate_kernel", "gate_bwd_kernel"], True]
+    assert found[:-1] == [[True, True], 0, True, True, [True, True], [False, True], names]
     assert "capability: expected it to be given, since there is no GPU here; (9, 0) for an H100" in found[-1]
 
 

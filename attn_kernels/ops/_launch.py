@@ -18,8 +18,10 @@ from attn_kernels.ops._library import is_channels_last
 
 SINGLE_LAUNCH = os.environ.get("ATTN_KERNELS_SINGLE_LAUNCH", "1") != "0"
 
-# Of a GPU for which launches on tensors elsewhere are recorded (``attn_kernels._recording``); else 0.
+# Of the GPU that tensors elsewhere stand for; else 0.
 assumed_multiprocessors = 0
+# The thread whose launches on meta and fake tensors are recorded; else 0.
+recorded_thread = 0
 
 
 @functools.lru_cache
