@@ -85,7 +85,7 @@ def precompile(
             kernel failed to compile: all others are in the cache then.
     """
     start = time.monotonic()
-    _check(model, input_shape, jobs)
+    _check(model, input_shape, capability, jobs)
     if reason := _why_not():
         raise RuntimeError(f"precompile cannot compile here: {reason}")
     import triton
@@ -107,13 +107,16 @@ def precompile(
     return Precompiled(len(kernels), len(compiled), time.monotonic() - start, sum(compiled))
 
 
-def _check(model: object, input_shape: object, jobs: object) -> None:
+def _check(model: object, input_shape: object, capability: object, jobs: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     if not isinstance(input_shape, Sequence) or not all(isinstance(n, int) for n in input_shape):
         raise TypeError(f"input_shape: expected a sequence of integers, got {input_shape!r}")
     if not input_shape or min(input_shape) < 1:
         raise ValueError(f"input_shape: expected positive integers, got {tuple(input_shape)}")
+    pair = isinstance(capability, tuple) and [type(n) for n in capability] == [int, int]
+    if capability is not None and not pair:
+        raise TypeError(f"capability: expected a pair of integers, (9, 0) for an H100, or None, got {capability!r}")
     if jobs is not None and (not isinstance(jobs, int) or jobs < 1):
         raise ValueError(f"jobs: expected a positive integer or None, got {jobs!r}")
 

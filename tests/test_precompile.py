@@ -234,6 +234,10 @@ class TestArguments:
         with pytest.raises(error, match="^" + message.replace("(", r"\(").replace(")", r"\)")):
             attn_kernels.precompile(*arguments)
 
+    def test_capability(self):
+        with pytest.raises(TypeError, match=r"capability: expected a pair of integers, .* or None, got 9\.0"):
+            attn_kernels.precompile(self.MODEL, (1, 16, 8, 8), capability=9.0)
+
     def test_jobs(self):
         with pytest.raises(ValueError, match="jobs: expected a positive integer or None, got 0"):
             attn_kernels.precompile(self.MODEL, (1, 16, 8, 8), jobs=0)
