@@ -336,7 +336,7 @@ class TestAddresses:
         with torch.device("meta"):
             module = Site("", name, self.SHAPE[1:], options=options).build(attn_kernels)
             x = torch.empty(self.SHAPE, dtype=torch.float16).to(memory_format=LAYOUTS[layout]).requires_grad_()
-        with launching_without_data(2112 if name == "BAM" else 132):  # more, so that a program of BAM's has few samples
+        with launching_without_data(2816 if name == "BAM" else 132):  # more, so that a program of BAM's has few samples
             y = module(x, x, "relu")
             torch.autograd.grad(y, x, torch.empty_like(y))
         assert touched
