@@ -55,7 +55,7 @@ def compile_kernel(kernel: Specialization, capability: int) -> Outcome:
             getattr(import_module(kernel.module), kernel.kernel).preload(kernel.data)
         except Exception as error:  # of the compiler, of whatever kind: others are still to come
             complaint = f"{type(error).__name__}: {str(error)[-300:]}"
-    return Outcome(bool(compiled), _cpu_seconds() - start, complaint)
+    return Outcome(kernel.kernel in compiled, _cpu_seconds() - start, complaint)
 
 
 def _cpu_seconds() -> float:
@@ -65,12 +65,15 @@ def _cpu_seconds() -> float:
 
 @contextmanager
 def compilations() -> Iterator[list[str]]:
-    """The names of the kernels that this thread compiles inside the block, as they come; none that is in the cache."""
+    """The names of the kernels that this process compiles inside the block, as they come; none that is in the cache.
+
+    Of all its threads: on a GPU autograd launches backward's kernels in one of its own.
+    """
     found: list[str] = []
-    before, thread = triton.knobs.compilation.listener, threading.get_ident()
+    before = triton.knobs.compilation.listener
 
     def listen(*, src, cache_hit, **others) -> None:
-        if not cache_hit and threading.get_ident() == thread:
+        if not cache_hit:
             found.append(src.name)
         if before is not None:
             before(src=src, cache_hit=cache_hit, **others)
@@ -82,7 +85,9 @@ def compilations() -> Iterator[list[str]]:
         triton.knobs.compilation.listener = before
 
 
-def _in_processes(kernels: Sequence[Specialization], capability: int, jobs: int):
+def _in_processes(
+    kernels: Sequence[Specialization], capability: int, jobs: int
+) -> Iterator[tuple[Specialization, Outcome]]:
     own, workers = threading.local(), []
 
     def start() -> None:

@@ -121,6 +121,21 @@ def test_a_real_step_compiles_nothing(tmp_path):
     assert run(f"ahead = False{STEP}", tmp_path) == [[]]
 
 
+THREADS = """
+kernel = recorded(Network(attn_kernels.SimAM()), backward=False).pop()
+with compilations() as compiled:
+    thread = threading.Thread(target=lambda: list(compile_all([kernel], 90)))
+    thread.start()
+    thread.join()
+print(json.dumps(compiled))
+"""
+
+
+def test_counts_what_any_thread_compiles(tmp_path):
+    """As autograd's does on a GPU."""
+    assert run(THREADS, tmp_path) == [["simam_fwd_kernel"]]
+
+
 WHAT_IS_RECORDED = """
 eager = Network(attn_kernels.CBAM(16))
 training = recorded(eager)
@@ -129,8 +144,8 @@ print(json.dumps([recorded(eager, backward=False) < training, recorded(torch.com
 ours = Network(reference.SE(16))
 print(json.dumps(len(recorded(ours))))
 
-import benchmarks.users as users
-fused = Network(users.library("timm.layers").SEModule(16, rd_channels=1))
+from benchmarks.users import library as import_library
+fused = Network(import_library("timm.layers").SEModule(16, rd_channels=1))
 attn_kernels.fuse_(fused)
 print(json.dumps(recorded(fused) == recorded(Network(attn_kernels.SE(16, hidden_channels=1)))))
 

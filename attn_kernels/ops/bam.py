@@ -271,7 +271,7 @@ def _dlogits(
         c,
         h * w,
         **tile_options(x, tile),
-        maxnreg={2: 128}.get(x.element_size()),  # of the programs of 4 warps four fit
+        maxnreg={2: 128}.get(x.element_size()),  # programs of 4 warps fit four times
     )
     dresidual = x.new_empty(0) if dresidual is None else dresidual
     return dchannel.sum(1).to(channel.dtype), dspatial, dresidual
