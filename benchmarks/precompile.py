@@ -1,6 +1,6 @@
 """Compile every kernel that `all` launches, in parallel, into Triton's cache: who launches it later compiles nothing.
 
-What `attn_kernels.precompile` does for one model is done here for many modules and networks. It takes about two CPU
+What `attn_kernels.precompile` does for one model is done here for many modules and networks. It takes one to two CPU
 seconds per kernel, and no GPU: without one, kernels are compiled for an H100. The cache is where TRITON_CACHE_DIR says.
 With a GPU, the baselines go into torch.compile's cache, by a call of each.
 """
@@ -42,14 +42,15 @@ class Case(NamedTuple):
 
 
 class Block(nn.Module):
-    """A module at the end of a residual block."""
+    """A module within a network, whose input has a gradient; with a residual and a ReLU behind it, or without."""
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module, tail: bool):
         super().__init__()
-        self.module = module
+        self.module, self.tail = module, tail
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.module(x, x.clone(), "relu")
+        x = x.detach().requires_grad_()
+        return self.module(x, x.clone(), "relu") if self.tail else self.module(x)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -151,8 +152,8 @@ def launches(case: Case | Cell, capability: int, multiprocessors: int) -> list:
         if isinstance(case, Cell):  # a network, which is called under autocast
             model, dtype = train.build(case), torch.float32
         else:
-            model, dtype = KERNELS[case.kernel].build(attn_kernels, *case.shape[1:3]), DTYPES[case.dtype]
-            model = Block(model) if case.block else model
+            module, dtype = KERNELS[case.kernel].build(attn_kernels, *case.shape[1:3]), DTYPES[case.dtype]
+            model = Block(module, case.block)
     with torch.autocast("cpu", DTYPES[case.dtype], enabled=isinstance(case, Cell) and case.dtype != "fp32"):
         model = model.to(memory_format=LAYOUTS[case.layout])
         return specializations(model, case.shape, dtype, LAYOUTS[case.layout], True, capability, multiprocessors)

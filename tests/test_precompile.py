@@ -285,7 +285,10 @@ cases = [
     precompile.Case("simam", (2, 16, 8, 8), "bf16", "contiguous", False),
     precompile.Case("se", (2, 16, 8, 8), "bf16", "channels_last", True),
 ]
-print(json.dumps([len(precompile.launches(case, 90, 132)) for case in cases]))
+found = [precompile.launches(case, 90, 132) for case in cases]
+print(json.dumps([len(kernels) for kernels in found]))
+backward = next(kernel for kernel in found[1] if kernel.kernel == "gate_bwd_kernel")
+print(json.dumps(json.loads(backward.data)["signature"]["dresidual_ptr"]))
 with patch.object(precompile, "cases", lambda *_: cases):
     import argparse, io, contextlib
     for _ in range(2):
@@ -296,7 +299,8 @@ with patch.object(precompile, "cases", lambda *_: cases):
 
 
 def test_command_compiles_what_its_cases_launch(tmp_path):
-    launched, first, second = run(COMMAND, tmp_path)
+    launched, dresidual, first, second = run(COMMAND, tmp_path)
+    assert dresidual == "*bf16"  # as in speed, whose residual has a gradient
     assert launched == [2, 3]  # SimAM of whole planes keeps nothing for backward
     for (status, words), compiled in ((first, "5"), (second, "0")):
         assert status == 0
