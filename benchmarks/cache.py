@@ -51,8 +51,8 @@ class Cache:
                 latest = self._launch_of[access]
                 self.distinct += int(np.count_nonzero(latest[places] != self._launch)) * SECTOR
                 latest[places] = self._launch
-        for batch in np.array_split(places, -(-len(places) // self.capacity)) if len(places) else ():
-            self._use(batch, loads, stores, evict_first)
+        for i in range(0, len(places), self.capacity):
+            self._use(places[i : i + self.capacity], loads, stores, evict_first)
 
     def touch_addresses(self, addresses: NDArray[np.integer], **how: bool) -> None:
         """Use the sectors of the elements at these addresses, in the order of addresses."""
@@ -99,8 +99,12 @@ class Cache:
 
     def _places(self, sectors: NDArray[np.integer]) -> NDArray[np.int64]:
         """Where the tables keep these sectors."""
-        sectors = sectors.astype(np.int64)
-        pages, page_of = np.unique(sectors >> PAGE_BITS, return_inverse=True)
+        sectors = sectors.astype(np.int64, copy=False)
+        page_of = sectors >> PAGE_BITS
+        if len(page_of) and page_of.min() == page_of.max():  # as a rule
+            pages, page_of = page_of[:1], np.zeros(1, np.int64)
+        else:
+            pages, page_of = np.unique(page_of, return_inverse=True)
         for page in pages.tolist():
             self._pages.setdefault(page, len(self._pages))
         if (size := len(self._pages) << PAGE_BITS) > len(self._dirty):
