@@ -156,15 +156,13 @@ class _Recorder:
         with patch.object(GridExecutor, "__call__", self._call):
             order = work_order(items, groups, lead, first, second, ahead)
         parts = int(self._arguments["S"])
-        blocks, hidden, rows = first // parts, ahead, (first // parts, parts)
-        if "POOL_P" in self._arguments:  # the pools over channels: gates, then pixels of one sample after another
-            samples = int(self._arguments["SAMPLES"])
-            hidden, rows = ahead - blocks, (samples, (second - ahead) // samples)
+        blocks = first // parts
+        hidden = ahead - blocks if second == ahead else ahead  # a launch that ends with the gates
         sizes = {
             FIRST: (blocks, parts),
             HIDDEN: (1, hidden),
             GATES: (1, ahead - hidden),
-            SECOND: rows,
+            SECOND: (blocks, parts),
             LAST_HIDDEN: (1, 1),
             WEIGHTS: (1, 1),
         }
@@ -173,7 +171,7 @@ class _Recorder:
             if not is_second:
                 places.append(Place(FIRST, group, *divmod(item, parts)))
             elif item >= ahead:
-                places.append(Place(SECOND, group, *divmod(item - ahead, rows[1])))
+                places.append(Place(SECOND, group, *divmod(item - ahead, parts)))
             elif item >= hidden:
                 places.append(Place(GATES, group, 0, item - hidden))
             elif (group, item) == (groups - 1, hidden - 1):

@@ -162,6 +162,16 @@ class TestSimulator:
         assert simulator.now == pytest.approx(2 * H100.gap + H100.kernel + 10, rel=0.01)
 
 
+def _slots(launch, kind):
+    """Those that the launch's programs wait for, or set."""
+    steps = [(step, place) for i, place in launch.order for step in launch.programs[i] if step.kind == kind]
+    return {
+        slot + sum(map(math.prod, zip(step.shifts, place[1:], strict=True)))
+        for step, place in steps
+        for slot in step.slots
+    }
+
+
 @interpreted
 class TestRecorded:
     """A few programs run without data stand for all of them."""
@@ -173,6 +183,7 @@ class TestRecorded:
         ("CBAM", (3, 40, 20, 20)),
         ("CBAM", (20, 64, 40, 40)),
         ("CBAM", (40, 64, 7, 7)),
+        ("CBAM", (20, 512, 7, 7)),  # several items of the hidden layer, and gates in their launch
         ("SimAM", (3, 40, 24, 24)),
         ("BAM", (3, 32, 20, 20)),
     )
@@ -212,6 +223,8 @@ class TestRecorded:
             stored, loaded = (0.03, 0.15) if "conv" in launch.name else (0.01, 0.03)
             assert counted.stored - slots == pytest.approx(sums["store"], rel=stored), launch.name
             assert counted.loaded - slots == pytest.approx(sums["load"], rel=loaded, abs=8 * len(launch.order))
+            waited, signalled = (_slots(launch, kind) for kind in ("wait", "signal"))
+            assert waited <= signalled, launch.name
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_addresses_are_those_of_every_element_of_x(self, layout):
