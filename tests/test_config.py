@@ -57,13 +57,21 @@ def test_items_cover_every_plane(channels_last, options):
         assert plan.chunk % plan.tile.block_p == 0
         assert plan.groups * plan.samples >= n > (plan.groups - 1) * plan.samples
         assert 1 <= plan.lead <= plan.groups
-        assert (plan.stages > 1) == (itemsize < 8 and plan.chunk > plan.tile.block_p)  # one tile is not prefetched
+        assert (plan.stages > 1) == (
+            itemsize < 8 and (plan.chunk > plan.tile.block_p or plan.samples > 1)
+        )  # tiles to come
         assert plan.hidden_items(hidden) * plan.block_e(hidden) >= plan.samples * hidden
         assert plan.hidden_items(hidden) == config.cdiv(plan.samples * hidden, plan.block_e(hidden))  # as kernels count
         assert plan.tile.num_warps >= 4  # fewer spill 0.5 to 1.7 KB in the products of the MLP, as on 4x4 planes
         if plan.samples > 1:
             assert plan.splits == 1
-            assert plan.samples <= 16 <= plan.tile.block_c  # what tl.dot takes
+            assert plan.tile.block_p >= p
+            assert plan.tile.block_c * plan.tile.block_p * itemsize <= config.PLANE_BYTES
+            assert plan.tile.block_c >= 16
+            assert plan.block_h >= 16
+            assert plan.tile.num_warps in (4, 8)
+        else:
+            assert plan.plane_stages == 1
 
 
 def test_few_partial_products():

@@ -91,7 +91,7 @@ def load_weight(weight_ptr, o_m, o_k, M, K, ACC: tl.constexpr):
 
 @triton.jit
 def product(b_rows, b_weight):
-    """[ROWS, K] times [M, K] transposed; ROWS is 1, or 16 of which some may be zero."""
+    """[ROWS, K] times [M, K] transposed."""
     if b_rows.shape[0] == 1:
         return tl.expand_dims(tl.sum(b_rows * b_weight, axis=1), 0)
     else:
@@ -129,7 +129,59 @@ def _top_shift(b_top):
 
 
 @triton.jit
-def squeeze(
+def _sum_exp(
+    x_ptr, i_n, c, begin, end, C, P, b_shift, ACC: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_C] sums of exp(x - shift). Reads x."""
+    b_sum = tl.zeros([BLOCK_C, BLOCK_P], ACC)
+    for p in range(begin, end, BLOCK_P):
+        o_p = p + tl.arange(0, BLOCK_P)
+        b_x = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+        b_sum += tl.where((o_p < P)[None, :], tl.exp(b_x - b_shift[:, None]), 0.0)
+    return tl.sum(b_sum, axis=1)
+
+
+@triton.jit
+def squeeze_samples(
+    x_ptr, w1_ptr, pool_ptr, argmax_ptr, part_ptr, group, i_j, N, C, P, H, AVG: tl.constexpr, MAX: tl.constexpr,
+    LP: tl.constexpr, LSE: tl.constexpr, ACC: tl.constexpr, SAMPLES: tl.constexpr, STAGES: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """:func:`squeeze_sample` of several samples, whose planes are a tile each."""
+    c = i_j * BLOCK_C
+    o_c = c + tl.arange(0, BLOCK_C)
+    o_p = tl.arange(0, BLOCK_P)
+    b_avg_rows = tl.zeros([SAMPLES, BLOCK_C], ACC)
+    b_max_rows = tl.zeros([SAMPLES, BLOCK_C], ACC)
+    b_lp_rows = tl.zeros([SAMPLES, BLOCK_C], ACC)
+    b_lse_rows = tl.zeros([SAMPLES, BLOCK_C], ACC)
+    for row in tl.range(0, tl.minimum(SAMPLES, N - group * SAMPLES), num_stages=STAGES):
+        i_n = tl.cast(group * SAMPLES + row, tl.int64)
+        b_x = load_tile(x_ptr, i_n, c, 0, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+        if AVG:
+            b_avg_rows = put_row(b_avg_rows, row, tl.sum(b_x, axis=1) / P)
+        if MAX or LSE:
+            b_arg = tl.zeros([BLOCK_C, BLOCK_P], tl.int32) + o_p[None, :]
+            b_top, b_first = first_max(b_x + nowhere(o_p < P, ACC)[None, :], b_arg, 1)
+        if MAX:
+            if argmax_ptr is not None:
+                tl.store(argmax_ptr + i_n * C + o_c, b_first, mask=o_c < C)
+            b_max_rows = _pool_done(b_max_rows, row, b_top, pool_ptr, i_n, o_c, 0, C, False, LP + LSE)
+        if LP:
+            b_lp = tl.sqrt(tl.sum(b_x * b_x, axis=1))
+            b_lp_rows = _pool_done(b_lp_rows, row, b_lp, pool_ptr, i_n, o_c, 0, C, True, LP + LSE)
+        if LSE:
+            b_shift = _top_shift(b_top)
+            b_exp = tl.where((o_p < P)[None, :], tl.exp(b_x - b_shift[:, None]), 0.0)
+            b_lse = tl.log(tl.sum(b_exp, axis=1)) + b_shift
+            b_lse_rows = _pool_done(b_lse_rows, row, b_lse, pool_ptr, i_n, o_c, LP, C, True, LP + LSE)
+    _fc1(b_avg_rows, b_max_rows, b_lp_rows, b_lse_rows, w1_ptr, part_ptr, group, i_j, o_c, N, C, H, tl.cdiv(C, BLOCK_C),
+         AVG, MAX, LP, LSE, SAMPLES, BLOCK_H)  # fmt: skip
+
+
+@triton.jit
+def squeeze_sample(
     x_ptr,  # (N, C, P)
     w1_ptr,  # (H, C), or None to pool only
     stats_ptr,  # (N, S, Q, C), written if JOINED: sum, maximum, sum of squares, sum of exponentials
@@ -156,7 +208,6 @@ def squeeze(
     ALL: tl.constexpr,
     ACC: tl.constexpr,
     JOINED: tl.constexpr,
-    SAMPLES: tl.constexpr,
     STAGES: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -164,7 +215,6 @@ def squeeze(
     BLOCK_H: tl.constexpr,
 ):
     """pool_k[c] and fc1[:, c] @ pool_k[c] of a work item. Reads its part of x once (twice with lse)."""
-    ROWS: tl.constexpr = 16 if SAMPLES > 1 else 1
     FIRST: tl.constexpr = ALL * (AVG + MAX)  # pools that are stored before lp and lse
     TOP: tl.constexpr = MAX or LSE
     Q: tl.constexpr = AVG + TOP + LP + LSE
@@ -179,137 +229,118 @@ def squeeze(
     end = tl.minimum(begin + CHUNK, P)
     if JOINED and slots_ptr is None:
         end = tl.where(phase == JOIN, begin, end)
-    b_avg_rows = tl.zeros([ROWS, BLOCK_C], ACC)
-    b_max_rows = tl.zeros([ROWS, BLOCK_C], ACC)
-    b_lp_rows = tl.zeros([ROWS, BLOCK_C], ACC)
-    b_lse_rows = tl.zeros([ROWS, BLOCK_C], ACC)
-    for row in range(0, tl.minimum(SAMPLES, N - group * SAMPLES)):
-        i_n = tl.cast(group * SAMPLES + row, tl.int64)
-        # Lane by lane along the plane; lanes meet once, at the end.
-        b_sum = tl.zeros([BLOCK_C, BLOCK_P], ACC)
-        b_square = tl.zeros([BLOCK_C, BLOCK_P], ACC)
-        b_max = tl.full([BLOCK_C, BLOCK_P], float("-inf"), ACC)
-        b_arg = tl.zeros([BLOCK_C, BLOCK_P], tl.int32) + begin + tl.arange(0, BLOCK_P)[None, :]
-        for p in tl.range(begin, end, BLOCK_P, num_stages=STAGES):
-            o_p = p + tl.arange(0, BLOCK_P)
-            b_x = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-            if AVG:
-                b_sum += b_x
-            if LP:
-                b_square += b_x * b_x
-            if TOP:
-                b_max, b_arg = running_max(b_max, b_arg, b_x + nowhere(o_p < P, ACC)[None, :], o_p[None, :])
-        b_avg = tl.zeros([BLOCK_C], ACC)
-        b_top = tl.full([BLOCK_C], float("-inf"), ACC)
-        b_first = tl.zeros([BLOCK_C], tl.int32)
-        b_lp = tl.zeros([BLOCK_C], ACC)
-        b_exp = tl.zeros([BLOCK_C], ACC)
+    i_n = tl.cast(group, tl.int64)
+    # Lane by lane along the plane; lanes meet once, at the end.
+    b_sum = tl.zeros([BLOCK_C, BLOCK_P], ACC)
+    b_square = tl.zeros([BLOCK_C, BLOCK_P], ACC)
+    b_max = tl.full([BLOCK_C, BLOCK_P], float("-inf"), ACC)
+    b_arg = tl.zeros([BLOCK_C, BLOCK_P], tl.int32) + begin + tl.arange(0, BLOCK_P)[None, :]
+    for p in tl.range(begin, end, BLOCK_P, num_stages=STAGES):
+        o_p = p + tl.arange(0, BLOCK_P)
+        b_x = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
         if AVG:
-            b_avg = tl.sum(b_sum, axis=1)
-        if TOP:
-            b_top, b_first = first_max(b_max, b_arg, 1)
+            b_sum += b_x
         if LP:
-            b_lp = tl.sum(b_square, axis=1)
-        if LSE:
-            shift = _top_shift(b_top)
-            b_sum = tl.zeros([BLOCK_C, BLOCK_P], ACC)
-            for p in range(begin, end, BLOCK_P):
-                o_p = p + tl.arange(0, BLOCK_P)
-                b_x = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-                b_sum += tl.where((o_p < P)[None, :], tl.exp(b_x - shift[:, None]), 0.0)
-            b_exp = tl.sum(b_sum, axis=1)
+            b_square += b_x * b_x
+        if TOP:
+            b_max, b_arg = running_max(b_max, b_arg, b_x + nowhere(o_p < P, ACC)[None, :], o_p[None, :])
+    b_avg = tl.zeros([BLOCK_C], ACC)
+    b_top = tl.full([BLOCK_C], float("-inf"), ACC)
+    b_first = tl.zeros([BLOCK_C], tl.int32)
+    b_lp = tl.zeros([BLOCK_C], ACC)
+    b_exp = tl.zeros([BLOCK_C], ACC)
+    if AVG:
+        b_avg = tl.sum(b_sum, axis=1)
+    if TOP:
+        b_top, b_first = first_max(b_max, b_arg, 1)
+    if LP:
+        b_lp = tl.sum(b_square, axis=1)
+    if LSE:
+        b_exp = _sum_exp(x_ptr, i_n, c, begin, end, C, P, _top_shift(b_top), ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
 
-        last = True
-        if JOINED:
-            p_stats = stats_ptr + (i_n * S + i_s) * Q * C + o_c
-            p_arg = i_n * S * C + o_c
-            if slots_ptr is None:
-                last = phase == JOIN
-                m_own = o_c < tl.where(phase == PARTS, C, 0)
-            else:
-                last = i_s == S - 1
-                m_own = m_c
-            if AVG:
-                tl.store(p_stats, b_avg, mask=m_own)
-            if TOP:
-                tl.store(p_stats + AVG * C, b_top, mask=m_own)
-            if MAX:
-                tl.store(arg_ptr + p_arg + i_s * C, b_first, mask=m_own)
-            if LP:
-                tl.store(p_stats + (AVG + TOP) * C, b_lp, mask=m_own)
+    last = True
+    if JOINED:
+        p_stats = stats_ptr + (i_n * S + i_s) * Q * C + o_c
+        p_arg = i_n * S * C + o_c
+        if slots_ptr is None:
+            last = phase == JOIN
+            m_own = o_c < tl.where(phase == PARTS, C, 0)
+        else:
+            last = i_s == S - 1
+            m_own = m_c
+        if AVG:
+            tl.store(p_stats, b_avg, mask=m_own)
+        if TOP:
+            tl.store(p_stats + AVG * C, b_top, mask=m_own)
+        if MAX:
+            tl.store(arg_ptr + p_arg + i_s * C, b_first, mask=m_own)
+        if LP:
+            tl.store(p_stats + (AVG + TOP) * C, b_lp, mask=m_own)
+        if LSE:
+            tl.store(p_stats + (AVG + TOP + LP) * C, b_exp, mask=m_own)
+        if last:
+            p_stats = stats_ptr + i_n * S * Q * C + o_c
+            b_avg = tl.zeros([BLOCK_C], ACC)
+            b_top = tl.full([BLOCK_C], float("-inf"), ACC)
+            b_first = tl.zeros([BLOCK_C], tl.int32)
+            b_lp = tl.zeros([BLOCK_C], ACC)
+            b_exp = tl.zeros([BLOCK_C], ACC)
+            parts = S
+            if slots_ptr is not None:
+                parts = tl.where(wait(slots_ptr + i_j * S, S - 1, given_up_ptr, stamp), 0, S)
+            # A tile of parts at a time: one after another they would be a chain of round trips to L2.
+            for s in range(0, parts, BLOCK_S):
+                o_s = s + tl.arange(0, BLOCK_S)[None, :]
+                m_s = m_c[:, None] & (o_s < S)
+                p_s = p_stats[:, None] + o_s * Q * C
+                if AVG:
+                    b_avg += tl.sum(tl.load(p_s, mask=m_s, other=0, cache_modifier=".cg"), axis=1)
+                if TOP:
+                    b_tops = tl.load(p_s + AVG * C, mask=m_s, other=float("-inf"), cache_modifier=".cg")
+                    b_args = tl.zeros([BLOCK_C, BLOCK_S], tl.int32)
+                    if MAX:
+                        p_i = arg_ptr + p_arg[:, None] + o_s * C
+                        b_args = tl.load(p_i, mask=m_s, other=0, cache_modifier=".cg")
+                    b_s, b_i = first_max(b_tops, b_args, 1)
+                    # The first of -inf only is a maximum as well.
+                    b_first = tl.where(s == 0, b_i, b_first)
+                    b_top, b_first = running_max(b_top, b_first, b_s, b_i)
+                if LP:
+                    b_lps = tl.load(p_s + (AVG + TOP) * C, mask=m_s, other=0, cache_modifier=".cg")
+                    b_lp += tl.sum(b_lps, axis=1)
             if LSE:
-                tl.store(p_stats + (AVG + TOP + LP) * C, b_exp, mask=m_own)
-            if last:
-                p_stats = stats_ptr + i_n * S * Q * C + o_c
-                b_avg = tl.zeros([BLOCK_C], ACC)
-                b_top = tl.full([BLOCK_C], float("-inf"), ACC)
-                b_first = tl.zeros([BLOCK_C], tl.int32)
-                b_lp = tl.zeros([BLOCK_C], ACC)
-                b_exp = tl.zeros([BLOCK_C], ACC)
-                parts = S
-                if slots_ptr is not None:
-                    parts = tl.where(wait(slots_ptr + i_j * S, S - 1, given_up_ptr, stamp), 0, S)
-                # A tile of parts at a time: one after another they would be a chain of round trips to L2.
+                shift = _top_shift(b_top)
                 for s in range(0, parts, BLOCK_S):
                     o_s = s + tl.arange(0, BLOCK_S)[None, :]
                     m_s = m_c[:, None] & (o_s < S)
                     p_s = p_stats[:, None] + o_s * Q * C
-                    if AVG:
-                        b_avg += tl.sum(tl.load(p_s, mask=m_s, other=0, cache_modifier=".cg"), axis=1)
-                    if TOP:
-                        b_tops = tl.load(p_s + AVG * C, mask=m_s, other=float("-inf"), cache_modifier=".cg")
-                        b_args = tl.zeros([BLOCK_C, BLOCK_S], tl.int32)
-                        if MAX:
-                            p_i = arg_ptr + p_arg[:, None] + o_s * C
-                            b_args = tl.load(p_i, mask=m_s, other=0, cache_modifier=".cg")
-                        b_s, b_i = first_max(b_tops, b_args, 1)
-                        # The first of -inf only is a maximum as well.
-                        b_first = tl.where(s == 0, b_i, b_first)
-                        b_top, b_first = running_max(b_top, b_first, b_s, b_i)
-                    if LP:
-                        b_lps = tl.load(p_s + (AVG + TOP) * C, mask=m_s, other=0, cache_modifier=".cg")
-                        b_lp += tl.sum(b_lps, axis=1)
-                if LSE:
-                    shift = _top_shift(b_top)
-                    for s in range(0, parts, BLOCK_S):
-                        o_s = s + tl.arange(0, BLOCK_S)[None, :]
-                        m_s = m_c[:, None] & (o_s < S)
-                        p_s = p_stats[:, None] + o_s * Q * C
-                        b_tops = tl.load(p_s + AVG * C, mask=m_s, other=0, cache_modifier=".cg")
-                        b_exps = tl.load(p_s + (AVG + TOP + LP) * C, mask=m_s, other=0, cache_modifier=".cg")
-                        # 0 of a part that is all -inf, whose factor may be infinite.
-                        b_scaled = b_exps * tl.exp(_top_shift(b_tops) - shift[:, None])
-                        b_exp += tl.sum(tl.where(b_exps == 0, 0.0, b_scaled), axis=1)
-                b_avg = unless(parts == 0, b_avg)
-                b_top = unless(parts == 0, b_top)
-                b_lp = unless(parts == 0, b_lp)
+                    b_tops = tl.load(p_s + AVG * C, mask=m_s, other=0, cache_modifier=".cg")
+                    b_exps = tl.load(p_s + (AVG + TOP + LP) * C, mask=m_s, other=0, cache_modifier=".cg")
+                    # 0 of a part that is all -inf, whose factor may be infinite.
+                    b_scaled = b_exps * tl.exp(_top_shift(b_tops) - shift[:, None])
+                    b_exp += tl.sum(tl.where(b_exps == 0, 0.0, b_scaled), axis=1)
+            b_avg = unless(parts == 0, b_avg)
+            b_top = unless(parts == 0, b_top)
+            b_lp = unless(parts == 0, b_lp)
 
-        if last:
-            if AVG:
-                b_avg_rows = _pool_done(b_avg_rows, row, b_avg / P, pool_ptr, i_n, o_c, 0, C, ALL, FIRST + LP + LSE)
-            if MAX:
-                if argmax_ptr is not None:
-                    tl.store(argmax_ptr + i_n * C + o_c, b_first, mask=m_c)
-                b_max_rows = _pool_done(b_max_rows, row, b_top, pool_ptr, i_n, o_c, AVG, C, ALL, FIRST + LP + LSE)
-            if LP:
-                b_lp_rows = _pool_done(
-                    b_lp_rows, row, tl.sqrt(b_lp), pool_ptr, i_n, o_c, FIRST, C, True, FIRST + LP + LSE
-                )
-            if LSE:
-                b_lse = tl.log(b_exp) + _top_shift(b_top)
-                b_lse_rows = _pool_done(
-                    b_lse_rows, row, b_lse, pool_ptr, i_n, o_c, FIRST + LP, C, True, FIRST + LP + LSE
-                )
-            if w1_ptr is not None and SAMPLES == 1:
-                if JOINED:
-                    _fc1(b_avg_rows, b_max_rows, b_lp_rows, b_lse_rows, w1_ptr, part_ptr, group, i_j, o_c, N, C, H, J,
-                         AVG, MAX, LP, LSE, SAMPLES, BLOCK_H)  # fmt: skip
-                else:  # fc1 of an average is the sum of that of its parts, which need not meet first
-                    _fc1(b_avg_rows, b_max_rows, b_lp_rows, b_lse_rows, w1_ptr, part_ptr, group, item, o_c, N, C, H,
-                         J * S, AVG, MAX, LP, LSE, SAMPLES, BLOCK_H)  # fmt: skip
-    if w1_ptr is not None and SAMPLES > 1:
-        _fc1(b_avg_rows, b_max_rows, b_lp_rows, b_lse_rows, w1_ptr, part_ptr, group, i_j, o_c, N, C, H, J,
-             AVG, MAX, LP, LSE, SAMPLES, BLOCK_H)  # fmt: skip
+    if last:
+        b_none = tl.zeros([1, BLOCK_C], ACC)
+        b_avg_row = _pool_done(b_none, 0, b_avg / P, pool_ptr, i_n, o_c, 0, C, ALL and AVG, FIRST + LP + LSE)
+        if MAX and argmax_ptr is not None:
+            tl.store(argmax_ptr + i_n * C + o_c, b_first, mask=m_c)
+        b_max_row = _pool_done(b_none, 0, b_top, pool_ptr, i_n, o_c, AVG, C, ALL and MAX, FIRST + LP + LSE)
+        b_lp_row = _pool_done(b_none, 0, tl.sqrt(b_lp), pool_ptr, i_n, o_c, FIRST, C, LP, FIRST + LP + LSE)
+        b_lse = b_exp
+        if LSE:
+            b_lse = tl.log(b_exp) + _top_shift(b_top)
+        b_lse_row = _pool_done(b_none, 0, b_lse, pool_ptr, i_n, o_c, FIRST + LP, C, LSE, FIRST + LP + LSE)
+        if w1_ptr is not None:
+            if JOINED:
+                _fc1(b_avg_row, b_max_row, b_lp_row, b_lse_row, w1_ptr, part_ptr, group, i_j, o_c, N, C, H, J,
+                     AVG, MAX, LP, LSE, 1, BLOCK_H)  # fmt: skip
+            else:  # fc1 of an average is the sum of that of its parts, which need not meet first
+                _fc1(b_avg_row, b_max_row, b_lp_row, b_lse_row, w1_ptr, part_ptr, group, item, o_c, N, C, H, J * S,
+                     AVG, MAX, LP, LSE, 1, BLOCK_H)  # fmt: skip
 
 
 @triton.jit
@@ -321,13 +352,35 @@ def _pool_done(b_rows, row, b_pool, pool_ptr, i_n, o_c, k, C, STORED: tl.constex
 
 
 @triton.jit
+def squeeze(
+    x_ptr, w1_ptr, stats_ptr, arg_ptr, pool_ptr, argmax_ptr, part_ptr, slots_ptr, given_up_ptr, stamp, phase, group,
+    item, N, C, P, H, S, CHUNK, AVG: tl.constexpr, MAX: tl.constexpr, LP: tl.constexpr, LSE: tl.constexpr,
+    JOINED: tl.constexpr, SAMPLES: tl.constexpr, STAGES: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """The pools of a work item, and its partial sums of fc1."""
+    ACC: tl.constexpr = part_ptr.dtype.element_ty
+    if SAMPLES == 1:
+        squeeze_sample(
+            x_ptr, w1_ptr, stats_ptr, arg_ptr, pool_ptr, argmax_ptr, part_ptr, slots_ptr, given_up_ptr, stamp, phase,
+            group, item, N, C, P, H, S, CHUNK, AVG, MAX, LP, LSE, False, ACC, JOINED, STAGES, CHANNELS_LAST, BLOCK_C,
+            BLOCK_P, BLOCK_H,
+        )  # fmt: skip
+    else:
+        squeeze_samples(
+            x_ptr, w1_ptr, pool_ptr, argmax_ptr, part_ptr, group, item, N, C, P, H, AVG, MAX, LP, LSE, ACC, SAMPLES,
+            STAGES, CHANNELS_LAST, BLOCK_C, BLOCK_P, BLOCK_H,
+        )  # fmt: skip
+
+
+@triton.jit
 def _fc1(
     b_avg, b_max, b_lp, b_lse, w1_ptr, part_ptr, group, i_j, o_c, N, C, H, J, AVG: tl.constexpr, MAX: tl.constexpr,
     LP: tl.constexpr, LSE: tl.constexpr, SAMPLES: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     K: tl.constexpr = AVG + MAX + LP + LSE
-    o_n = group * SAMPLES + tl.arange(0, b_avg.shape[0])
-    m_n = (o_n < N) & (tl.arange(0, b_avg.shape[0]) < SAMPLES)
+    o_n = group * SAMPLES + tl.arange(0, SAMPLES)
+    m_n = o_n < N
     p_part = part_ptr + (o_n.to(tl.int64)[:, None] * J + i_j) * K * H
     for h in range(0, H, BLOCK_H):
         o_h = h + tl.arange(0, BLOCK_H)
@@ -408,17 +461,16 @@ def excite(
     BLOCK_C: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """[ROWS, BLOCK_C] gates of the channels from c on of a group of samples; NaN where ``pre`` was given up."""
-    ROWS: tl.constexpr = 16 if SAMPLES > 1 else 1
+    """[SAMPLES, BLOCK_C] gates of the channels from c on of a group of samples; NaN where ``pre`` was given up."""
     ACC: tl.constexpr = pre_ptr.dtype.element_ty
     o_c = c + tl.arange(0, BLOCK_C)
-    o_n = (group * SAMPLES + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    m_n = (o_n < N) & (tl.arange(0, ROWS) < SAMPLES)[:, None]
-    b_logit = tl.zeros([ROWS, BLOCK_C], ACC)
+    o_n = (group * SAMPLES + tl.arange(0, SAMPLES)).to(tl.int64)[:, None]
+    m_n = o_n < N
+    b_logit = tl.zeros([SAMPLES, BLOCK_C], ACC)
     for h in range(0, H, BLOCK_H):
         o_h = h + tl.arange(0, BLOCK_H)
         m = m_n & (o_h < H)[None, :]
-        b_hidden = tl.zeros([ROWS, BLOCK_H], ACC)
+        b_hidden = tl.zeros([SAMPLES, BLOCK_H], ACC)
         for k in tl.static_range(K):
             b_pre = tl.load(pre_ptr + (o_n * K + k) * H + o_h[None, :], mask=m, other=0, cache_modifier=".cg")
             b_hidden += activate(b_pre, ACTIVATION)
@@ -475,10 +527,10 @@ def squeeze_kernel(
             p_slots = given_up_ptr + 1 + group * J * S
     else:
         _, group, item = phase_item(tl.program_id(0), phase, S, J * S, 0, 0, 0)
-    squeeze(
+    squeeze_sample(
         x_ptr, None, stats_ptr, arg_ptr, pool_ptr, argmax_ptr, None, p_slots, given_up_ptr, stamp, phase,
         group, item, N, C, P, 1, S, CHUNK,
-        AVG, MAX, LP, LSE, True, ACC, DIVIDED, 1, STAGES, CHANNELS_LAST, BLOCK_C, BLOCK_P, 16,
+        AVG, MAX, LP, LSE, True, ACC, DIVIDED, STAGES, CHANNELS_LAST, BLOCK_C, BLOCK_P, 16,
     )  # fmt: skip
     if SINGLE and DIVIDED:
         mark(p_slots + item, stamp)

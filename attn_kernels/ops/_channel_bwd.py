@@ -104,18 +104,41 @@ def _sum_planes(
 
 
 @triton.jit
-def _store_pools(
-    pool_ptr, argmax_ptr, x_ptr, b_sum, i_n, o_c, C, P, AVG: tl.constexpr, MAX: tl.constexpr, ACC: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+def _sum_samples(
+    dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, group, c, N, C, P, ACC: tl.constexpr,
+    SAMPLES: tl.constexpr, EVICT: tl.constexpr, STAGES: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """The average and the maximum of x, of a sample."""
-    m_c = o_c < C
-    p_pool = pool_ptr + i_n * (AVG + MAX) * C + o_c
+    """[SAMPLES, BLOCK_C] sums of dy * x and of x over the planes of several samples, a tile each."""
+    o_c = c + tl.arange(0, BLOCK_C)
+    o_p = tl.arange(0, BLOCK_P)
+    b_sums = tl.zeros([SAMPLES, BLOCK_C], ACC)
+    b_avgs = tl.zeros([SAMPLES, BLOCK_C], ACC)
+    for row in tl.range(0, tl.minimum(SAMPLES, N - group * SAMPLES), num_stages=STAGES):
+        i_n = tl.cast(group * SAMPLES + row, tl.int64)
+        b_dy = load_tail_grad(dy_ptr, mask_ptr, None, i_n, c, 0, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+        b_x = load_tile(x_ptr, i_n, c, 0, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P, EVICT)
+        b_dy = _channel_grad(b_dy, spatial_ptr, spatial_argmax_ptr, i_n, o_c, o_p, P, ACC)
+        b_sums = put_row(b_sums, row, tl.sum(b_dy * b_x, axis=1))
+        b_avgs = put_row(b_avgs, row, tl.sum(b_x, axis=1))
+    return b_sums, b_avgs
+
+
+@triton.jit
+def _store_pools(
+    pool_ptr, argmax_ptr, x_ptr, b_sums, group, o_c, N, C, P, AVG: tl.constexpr, MAX: tl.constexpr,
+    ACC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """The averages and the maxima of x, of a group of samples, from [SAMPLES, BLOCK_C] sums."""
+    o_n = (group * b_sums.shape[0] + tl.arange(0, b_sums.shape[0])).to(tl.int64)[:, None]
+    o_c = o_c[None, :]
+    m = (o_n < N) & (o_c < C)
+    p_pool = pool_ptr + o_n * (AVG + MAX) * C + o_c
     if AVG:
-        tl.store(p_pool, b_sum / P, mask=m_c)
+        tl.store(p_pool, b_sums / P, mask=m)
     if MAX:
-        b_argmax = tl.load(argmax_ptr + i_n * C + o_c, mask=m_c, other=0).to(tl.int32)
-        tl.store(p_pool + AVG * C, load_elements(x_ptr, i_n, o_c, b_argmax, m_c, C, P, ACC, CHANNELS_LAST), mask=m_c)
+        b_argmax = tl.load(argmax_ptr + o_n * C + o_c, mask=m, other=0).to(tl.int32)
+        tl.store(p_pool + AVG * C, load_elements(x_ptr, o_n, o_c, b_argmax, m, C, P, ACC, CHANNELS_LAST), mask=m)
 
 
 @triton.jit
@@ -123,15 +146,14 @@ def _dgate(
     dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, w2_ptr, b2_ptr, pre_ptr, argmax_ptr, gate_ptr,
     dlogit_ptr, pool_ptr, dpart_ptr, stats_ptr, group, item, N, C, P, H, S,
     CHUNK, AVG: tl.constexpr, MAX: tl.constexpr, K: tl.constexpr, ACTIVATION: tl.constexpr, GATE: tl.constexpr,
-    DIVIDED: tl.constexpr, SAMPLES: tl.constexpr, EVICT: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr,
+    DIVIDED: tl.constexpr, SAMPLES: tl.constexpr, PLANE_STAGES: tl.constexpr, EVICT: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """dlogit[c] = gate' * sum_p dy * x, fc2[c, :]^T @ dlogit[c] and the pools of a work item. Reads dy and x.
 
     All are sums over a plane. Those of its parts are partial sums, of ``dlogit`` and the average in ``stats``.
     """
     ACC: tl.constexpr = gate_ptr.dtype.element_ty
-    ROWS: tl.constexpr = 16 if SAMPLES > 1 else 1
     i_s = item % S
     c = item // S * BLOCK_C
     begin = i_s * CHUNK
@@ -139,26 +161,21 @@ def _dgate(
     o_c = c + tl.arange(0, BLOCK_C)
     m_c = o_c < C
     if SAMPLES == 1:
-        i_n = tl.cast(group, tl.int64)
         b_dgate, b_sum = _sum_planes(
-            dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, i_n, c, begin, end, C, P, AVG, ACC, EVICT,
-            CHANNELS_LAST, BLOCK_C, BLOCK_P,
+            dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, tl.cast(group, tl.int64), c, begin, end, C, P,
+            AVG, ACC, EVICT, CHANNELS_LAST, BLOCK_C, BLOCK_P,
         )  # fmt: skip
-        if not DIVIDED:
-            _store_pools(pool_ptr, argmax_ptr, x_ptr, b_sum, i_n, o_c, C, P, AVG, MAX, ACC, CHANNELS_LAST)
         b_dgates = tl.expand_dims(b_dgate, 0)
+        b_sums = tl.expand_dims(b_sum, 0)
     else:
-        b_dgates = tl.zeros([ROWS, BLOCK_C], ACC)
-        for row in range(0, tl.minimum(SAMPLES, N - group * SAMPLES)):
-            i_n = tl.cast(group * SAMPLES + row, tl.int64)
-            b_dgate, b_sum = _sum_planes(
-                dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, i_n, c, begin, end, C, P, AVG, ACC, EVICT,
-                CHANNELS_LAST, BLOCK_C, BLOCK_P,
-            )  # fmt: skip
-            _store_pools(pool_ptr, argmax_ptr, x_ptr, b_sum, i_n, o_c, C, P, AVG, MAX, ACC, CHANNELS_LAST)
-            b_dgates = put_row(b_dgates, row, b_dgate)
-    o_n = group * SAMPLES + tl.arange(0, ROWS)
-    m_n = (o_n < N) & (tl.arange(0, ROWS) < SAMPLES)
+        b_dgates, b_sums = _sum_samples(
+            dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, group, c, N, C, P, ACC, SAMPLES, EVICT,
+            PLANE_STAGES, CHANNELS_LAST, BLOCK_C, BLOCK_P,
+        )  # fmt: skip
+    if not DIVIDED:
+        _store_pools(pool_ptr, argmax_ptr, x_ptr, b_sums, group, o_c, N, C, P, AVG, MAX, ACC, CHANNELS_LAST)
+    o_n = group * SAMPLES + tl.arange(0, SAMPLES)
+    m_n = o_n < N
     p_gate = o_n.to(tl.int64)[:, None] * C + o_c[None, :]
     m = m_n[:, None] & m_c[None, :]
     if spatial_ptr is None:
@@ -174,7 +191,7 @@ def _dgate(
         p_stats = stats_ptr + (o_n.to(tl.int64)[:, None] * S + i_s) * (1 + AVG) * C + o_c[None, :]
         tl.store(p_stats, b_dlogits, mask=m)
         if AVG:
-            tl.store(p_stats + C, tl.expand_dims(b_sum, 0), mask=m)
+            tl.store(p_stats + C, b_sums, mask=m)
     else:
         tl.store(dlogit_ptr + p_gate, b_dlogits, mask=m)
     _fc2(
@@ -184,7 +201,7 @@ def _dgate(
 
 @triton.jit
 def _join(
-    x_ptr, argmax_ptr, dlogit_ptr, pool_ptr, stats_ptr, given_up, group, i_j, C, P, S, AVG: tl.constexpr,
+    x_ptr, argmax_ptr, dlogit_ptr, pool_ptr, stats_ptr, given_up, group, i_j, N, C, P, S, AVG: tl.constexpr,
     MAX: tl.constexpr, ACC: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """``dlogit`` and the pools of a divided plane, from what its parts have left: for the weights' gradients alone."""
@@ -199,17 +216,16 @@ def _join(
         if AVG:
             b_sum += tl.load(p_stats + C, mask=m_c, other=0, cache_modifier=".cg")
     tl.store(dlogit_ptr + i_n * C + o_c, unless(given_up, b_dlogit), mask=m_c)
-    _store_pools(
-        pool_ptr, argmax_ptr, x_ptr, unless(given_up, b_sum), i_n, o_c, C, P, AVG, MAX, ACC, CHANNELS_LAST
-    )  # fmt: skip
+    b_sums = tl.expand_dims(unless(given_up, b_sum), 0)
+    _store_pools(pool_ptr, argmax_ptr, x_ptr, b_sums, group, o_c, N, C, P, AVG, MAX, ACC, CHANNELS_LAST)
 
 
 @triton.jit
 def _fc2(
     b_dlogit, w2_ptr, dpart_ptr, group, item, o_c, N, C, H, items, SAMPLES: tl.constexpr, BLOCK_H: tl.constexpr
 ):  # fmt: skip
-    o_n = group * SAMPLES + tl.arange(0, b_dlogit.shape[0])
-    m_n = (o_n < N) & (tl.arange(0, b_dlogit.shape[0]) < SAMPLES)
+    o_n = group * SAMPLES + tl.arange(0, SAMPLES)
+    m_n = o_n < N
     for h in range(0, H, BLOCK_H):
         o_h = h + tl.arange(0, BLOCK_H)
         b_dpart = product(b_dlogit, tl.trans(load_weight(w2_ptr, o_c, o_h, C, H, b_dlogit.dtype)))
@@ -236,11 +252,10 @@ def _dpool(
     dpre_ptr, w1_ptr, given_up, group, k, o_c, N, C, H, K: tl.constexpr, ACC: tl.constexpr, SAMPLES: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, BLOCK_C] gradients of the k-th pool of a group of samples: fc1^T @ dpre_k."""
-    ROWS: tl.constexpr = 16 if SAMPLES > 1 else 1
-    o_n = (group * SAMPLES + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    m_n = (o_n < N) & (tl.arange(0, ROWS) < SAMPLES)[:, None]
-    b_dpool = tl.zeros([ROWS, o_c.shape[0]], ACC)
+    """[SAMPLES, BLOCK_C] gradients of the k-th pool of a group of samples: fc1^T @ dpre_k."""
+    o_n = (group * SAMPLES + tl.arange(0, SAMPLES)).to(tl.int64)[:, None]
+    m_n = o_n < N
+    b_dpool = tl.zeros([SAMPLES, o_c.shape[0]], ACC)
     for h in range(0, H, BLOCK_H):
         o_h = h + tl.arange(0, BLOCK_H)
         pointers = dpre_ptr + (o_n * K + k) * H + o_h[None, :]
@@ -250,12 +265,51 @@ def _dpool(
 
 
 @triton.jit
+def _load_gates(gate_ptr, given_up, group, o_c, N, C, SAMPLES: tl.constexpr):
+    """[BLOCK_C] gates that other programs have stored, or [SAMPLES, BLOCK_C]; NaN where given up."""
+    if SAMPLES == 1:
+        b_gates = tl.load(gate_ptr + tl.cast(group, tl.int64) * C + o_c, mask=o_c < C, other=0, cache_modifier=".cg")
+    else:
+        o_n = (group * SAMPLES + tl.arange(0, SAMPLES)).to(tl.int64)[:, None]
+        b_gates = tl.load(
+            gate_ptr + o_n * C + o_c[None, :], mask=(o_n < N) & (o_c < C)[None, :], other=0, cache_modifier=".cg"
+        )
+    return unless(given_up, b_gates)
+
+
+@triton.jit
+def _pool_grads(
+    b_davgs, b_dmaxs, b_dlps, b_dlses, argmax_ptr, kept_ptr, row, i_n, o_c, C, MAX: tl.constexpr, LP: tl.constexpr,
+    LSE: tl.constexpr,
+):  # fmt: skip
+    """Of a sample: gradients of average and maximum, the maximum's pixel, factors of x and exp(x - lse), and lse."""
+    m_c = o_c < C
+    b_davg = get_row(b_davgs, row)
+    b_dmax = b_davg
+    b_argmax = o_c
+    b_dlp = b_davg
+    b_dlse = b_davg
+    b_lse = b_davg
+    p_kept = kept_ptr + i_n * (LP + LSE) * C + o_c
+    if MAX:
+        b_dmax = get_row(b_dmaxs, row)
+        b_argmax = tl.load(argmax_ptr + i_n * C + o_c, mask=m_c, other=0).to(tl.int32)
+    if LP:
+        b_lp = tl.load(p_kept, mask=m_c, other=0)
+        b_dlp = tl.where(b_lp == 0, 0.0, get_row(b_dlps, row) / tl.where(b_lp == 0, 1.0, b_lp))
+    if LSE:
+        b_dlse = get_row(b_dlses, row)
+        b_lse = tl.load(p_kept + LP * C, mask=m_c, other=0)
+    return b_davg, b_dmax, b_argmax, b_dlp, b_dlse, b_lse
+
+
+@triton.jit
 def _dweights(
     saved_ptr, dlogit_ptr, dpre_ptr, pool_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, given_up, item, N, C, H,
     AVG: tl.constexpr, MAX: tl.constexpr, LP: tl.constexpr, LSE: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dw2 = dlogit^T @ hidden, dw1 = dpre^T @ pool, and the biases' sums, of a block of C x H; samples in order."""
+    """dw2 = dlogit^T @ hidden, dw1 = dpre^T @ pool, and the biases' sums, of a block of C x H, 16 samples at a time."""
     ACC: tl.constexpr = saved_ptr.dtype.element_ty
     K: tl.constexpr = AVG + MAX + LP + LSE
     kept_ptr = pool_pointer(saved_ptr, N, H, K)
@@ -269,14 +323,14 @@ def _dweights(
     b_dw2 = tl.zeros([BLOCK, BLOCK], ACC)
     b_db1 = tl.zeros([BLOCK], ACC)
     b_db2 = tl.zeros([BLOCK], ACC)
-    for n in range(0, N, BLOCK):
-        o_n = (n + tl.arange(0, BLOCK)).to(tl.int64)
+    for n in range(0, N, 16):
+        o_n = (n + tl.arange(0, 16)).to(tl.int64)
         m_n = o_n < N
         m_cn = m_c[:, None] & m_n[None, :]
         m_nh = m_n[:, None] & m_h[None, :]
         b_dlogit = tl.load(dlogit_ptr + o_n[None, :] * C + o_c[:, None], mask=m_cn, other=0, cache_modifier=".cg")
         b_db2 += tl.sum(b_dlogit, axis=1)
-        b_hidden = tl.zeros([BLOCK, BLOCK], ACC)
+        b_hidden = tl.zeros([16, BLOCK], ACC)
         for k in tl.static_range(K):
             p_hidden = (o_n[:, None] * K + k) * H + o_h[None, :]
             b_hidden += activate(tl.load(saved_ptr + p_hidden, mask=m_nh, other=0), ACTIVATION)
@@ -360,6 +414,7 @@ def gate_bwd_kernel(
     SINGLE: tl.constexpr,
     DIVIDED: tl.constexpr,
     SAMPLES: tl.constexpr,
+    PLANE_STAGES: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -414,7 +469,8 @@ def gate_bwd_kernel(
                 _dgate(
                     dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, w2_ptr, b2_ptr, saved_ptr, argmax_ptr,
                     scratch_ptr, dlogit_ptr, pool_ptr, dpart_ptr, stats_ptr, group, item, N, C, P, H, S, CHUNK,
-                    AVG, MAX, K, ACTIVATION, GATE, DIVIDED, SAMPLES, X_EVICT, CHANNELS_LAST, BLOCK_C, BLOCK_P, BLOCK_H,
+                    AVG, MAX, K, ACTIVATION, GATE, DIVIDED, SAMPLES, PLANE_STAGES, X_EVICT, CHANNELS_LAST, BLOCK_C,
+                    BLOCK_P, BLOCK_H,
                 )  # fmt: skip
             if SINGLE:
                 mark(p_first + item, stamp)
@@ -427,7 +483,7 @@ def gate_bwd_kernel(
                     if SINGLE:
                         given_up = wait(p_first + item - (S - 1), S, given_up_ptr, stamp)
                     _join(
-                        x_ptr, argmax_ptr, dlogit_ptr, pool_ptr, stats_ptr, given_up, group, item // S, C, P, S,
+                        x_ptr, argmax_ptr, dlogit_ptr, pool_ptr, stats_ptr, given_up, group, item // S, N, C, P, S,
                         AVG, MAX, ACC, CHANNELS_LAST, BLOCK_C,
                     )  # fmt: skip
                     if SINGLE:
@@ -465,8 +521,11 @@ def gate_bwd_kernel(
         i_s = rest % S
         c = rest // S * BLOCK_C
         o_c = c + tl.arange(0, BLOCK_C)
-        m_c = o_c < C
         if saved_ptr is not None:
+            b_davgs = tl.zeros([1, BLOCK_C], ACC)
+            b_dmaxs = b_davgs
+            b_dlps = b_davgs
+            b_dlses = b_davgs
             if AVG:
                 b_davgs = _dpool(dpre_ptr, w1_ptr, given_up, group, 0, o_c, N, C, H, K, ACC, SAMPLES, BLOCK_H) / P
             if MAX:
@@ -477,42 +536,46 @@ def gate_bwd_kernel(
                 b_dlses = _dpool(
                     dpre_ptr, w1_ptr, given_up, group, AVG + MAX + LP, o_c, N, C, H, K, ACC, SAMPLES, BLOCK_H
                 )
-        for row in range(0, tl.minimum(SAMPLES, N - group * SAMPLES)):
-            i_n = tl.cast(group * SAMPLES + row, tl.int64)
+            kept_ptr = pool_pointer(saved_ptr, N, H, K)
+        # Tiles of one plane, or of one plane each.
+        begin, end, STEP = i_s * CHUNK, tl.minimum(i_s * CHUNK + CHUNK, P), BLOCK_P
+        if SAMPLES > 1:
+            begin, end, STEP = 0, tl.minimum(SAMPLES, N - group * SAMPLES), 1
+            b_gates = _load_gates(scratch_ptr, given_up, group, o_c, N, C, SAMPLES)
+        else:
+            i_n = tl.cast(group, tl.int64)
             if saved_ptr is not None:
-                b_gate = unless(given_up, tl.load(scratch_ptr + i_n * C + o_c, mask=m_c, other=0, cache_modifier=".cg"))
-                p_pool = pool_pointer(saved_ptr, N, H, K) + i_n * (LP + LSE) * C + o_c
+                b_gate = _load_gates(scratch_ptr, given_up, group, o_c, N, C, SAMPLES)
+                b_davg, b_dmax, b_argmax, b_dlp, b_dlse, b_lse = _pool_grads(
+                    b_davgs, b_dmaxs, b_dlps, b_dlses, argmax_ptr, kept_ptr, 0, i_n, o_c, C, MAX, LP, LSE
+                )
+        for t in tl.range(begin, end, STEP, num_stages=PLANE_STAGES):
+            p = t
+            if SAMPLES > 1:
+                p = 0
+                i_n = tl.cast(group * SAMPLES + t, tl.int64)
+                b_gate = get_row(b_gates, t)
+                b_davg, b_dmax, b_argmax, b_dlp, b_dlse, b_lse = _pool_grads(
+                    b_davgs, b_dmaxs, b_dlps, b_dlses, argmax_ptr, kept_ptr, t, i_n, o_c, C, MAX, LP, LSE
+                )
+            o_p = p + tl.arange(0, BLOCK_P)
+            b_dx = load_tail_grad(
+                dy_ptr, mask_ptr, dresidual_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P, "evict_first"
+            )
+            b_dx = _channel_grad(b_dx, spatial_ptr, spatial_argmax_ptr, i_n, o_c, o_p, P, ACC)
+            if saved_ptr is not None:
+                b_dx *= b_gate[:, None]
                 if AVG:
-                    b_davg = get_row(b_davgs, row)
+                    b_dx += b_davg[:, None]
                 if MAX:
-                    b_dmax = get_row(b_dmaxs, row)
-                    b_argmax = tl.load(argmax_ptr + i_n * C + o_c, mask=m_c, other=0).to(tl.int32)
-                if LP:
-                    b_lp = tl.load(p_pool, mask=m_c, other=0)
-                    b_dlp = tl.where(b_lp == 0, 0.0, get_row(b_dlps, row) / tl.where(b_lp == 0, 1.0, b_lp))
-                if LSE:
-                    b_dlse = get_row(b_dlses, row)
-                    b_lse = tl.load(p_pool + LP * C, mask=m_c, other=0)
-            for p in range(i_s * CHUNK, tl.minimum(i_s * CHUNK + CHUNK, P), BLOCK_P):
-                o_p = p + tl.arange(0, BLOCK_P)
-                b_dx = load_tail_grad(
-                    dy_ptr, mask_ptr, dresidual_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P,
-                    "evict_first",
-                )  # fmt: skip
-                b_dx = _channel_grad(b_dx, spatial_ptr, spatial_argmax_ptr, i_n, o_c, o_p, P, ACC)
-                if saved_ptr is not None:
-                    b_dx *= b_gate[:, None]
-                    if AVG:
-                        b_dx += b_davg[:, None]
-                    if MAX:
-                        b_dx += tl.where(o_p[None, :] == b_argmax[:, None], b_dmax[:, None], 0.0)
-                    if LP or LSE:
-                        b_x = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P, "evict_first")
-                        if LP:
-                            b_dx += b_dlp[:, None] * b_x
-                        if LSE:
-                            b_dx += b_dlse[:, None] * tl.exp(b_x - b_lse[:, None])
-                store_tile(b_dx, dx_ptr, i_n, c, p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P, "evict_first")
+                    b_dx += tl.where(o_p[None, :] == b_argmax[:, None], b_dmax[:, None], 0.0)
+                if LP or LSE:
+                    b_x = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P, "evict_first")
+                    if LP:
+                        b_dx += b_dlp[:, None] * b_x
+                    if LSE:
+                        b_dx += b_dlse[:, None] * tl.exp(b_x - b_lse[:, None])
+            store_tile(b_dx, dx_ptr, i_n, c, p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P, "evict_first")
 
 
 def gates(
@@ -576,10 +639,10 @@ def _plan(x: Tensor, hidden: int, spatial: Tensor | None, pools: int) -> config.
 
 
 def _register_limit(plan: config.ChannelPlan, spatial: Tensor | None, pools: int) -> int:
-    """For three programs of 8 warps a multiprocessor where that does not spill, else for two."""
+    """For three programs of 8 warps a multiprocessor where that does not spill, else what the plan says."""
     # lp, lse, 64 bytes of x a thread, the maps of a spatial gate and the products of several samples take more.
     more = kept_count(pools) or pools == AVERAGE or spatial is not None or plan.samples > 1
-    return 128 if more or plan.tile.num_warps != 8 else 80
+    return plan.registers if more or plan.tile.num_warps != 8 else 80
 
 
 def _programs(c: int, hidden: int, plan: config.ChannelPlan) -> dict[str, int]:
@@ -592,7 +655,7 @@ def _programs(c: int, hidden: int, plan: config.ChannelPlan) -> dict[str, int]:
         "join": plan.groups * plan.joins,
         "hidden": plan.groups * plan.hidden_items(hidden),
         "rest": parts,
-        "weights": config.cdiv(c, config.WEIGHT_BLOCK) * config.cdiv(hidden, config.WEIGHT_BLOCK),
+        "weights": plan.weight_items(c, hidden),
     }
 
 
@@ -653,9 +716,10 @@ def launch_dx(
             SINGLE=plan.single_launch,
             DIVIDED=plan.splits > 1,
             SAMPLES=plan.samples,
-            BLOCK_H=plan.block_h,
+            PLANE_STAGES=plan.plane_stages,
+            BLOCK_H=plan.bwd_block_h,
             BLOCK_E=plan.block_e(hidden),
-            BLOCK_W=config.WEIGHT_BLOCK,
+            BLOCK_W=plan.weight_block,
             **tile_options(x, plan.tile),
             num_stages=1,  # prefetching the weights spills
             maxnreg=_register_limit(plan, spatial, pools),

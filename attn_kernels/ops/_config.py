@@ -21,9 +21,12 @@ ITEM_BYTES = 32 * 1024
 # Stages of the loop that pools x, by bytes an element: one more than the tiles that a program asks for ahead.
 STAGES = {2: 4, 4: 3, 8: 1}
 # Elements of a gate's hidden layer that a program adds up at most.
-HIDDEN_ELEMENTS = 256
-# Channels, hidden units and samples at once of the gradients of a gate's weights: more spill beside the other phases.
-WEIGHT_BLOCK = 16
+HIDDEN_ELEMENTS = 64
+# Bytes of x that a tile of a whole plane has at most, where a program serves several samples.
+PLANE_BYTES = 16 * 1024
+# Stages of the loops over such tiles, by bytes an element: of dy beside x one less than of x alone, and in half
+# precision another one less where more than averages are pooled.
+PLANE_STAGES = {2: 3, 4: 2, 8: 1}
 # Samples of small planes that a program serves at most, so that it reads its weights once for all of them.
 SAMPLES = 16
 # Channels of a map that a program holds at once at most, where it adds them up.
@@ -103,6 +106,7 @@ class ChannelPlan:
     lead: int
     block_h: int
     stages: int
+    plane_stages: int
     single_launch: bool
 
     @property
@@ -118,6 +122,24 @@ class ChannelPlan:
     def hidden_items(self, elements: int) -> int:
         """Of a group, between the phases: they add up a hidden layer of ``elements`` a sample."""
         return cdiv(self.samples * elements, HIDDEN_ELEMENTS)
+
+    @property
+    def weight_block(self) -> int:
+        """Channels, and hidden units, of an item of the weights' gradients: more spill beside divided planes."""
+        return 32 if self.samples > 1 else 16
+
+    def weight_items(self, c: int, hidden: int) -> int:
+        return cdiv(c, self.weight_block) * cdiv(hidden, self.weight_block)
+
+    @property
+    def bwd_block_h(self) -> int:
+        """Hidden units at once in the backward: beside small tiles, which come in more programs, no more than 32."""
+        return self.block_h if self.tile.block_c * self.tile.block_p > TILE else min(self.block_h, 32)
+
+    @property
+    def registers(self) -> int:
+        """Per thread at most: for two programs of 8 warps per multiprocessor, or for three or four of 4."""
+        return 168 if self.samples > 1 and self.tile.num_warps == 4 else 128
 
     def block_e(self, elements: int) -> int:
         """Elements of it that an item adds up."""
@@ -147,25 +169,33 @@ def channel_plan(
     block_c, block_p, samples, splits = tile.block_c, tile.block_p, 1, 0
     if hidden and c > BYTE:
         # A program reads its weights, 8 bytes a channel and unit in float32, once for enough samples that they are a
-        # quarter of x. Tiles of 64-byte rows and of 16 channels at least, for ``tl.dot``; planes are not divided.
+        # quarter of x. Tiles of 64-byte rows and of 16 channels at least, for ``tl.dot``, and of whole planes.
         samples = min(SAMPLES, next_power_of_2(n), next_power_of_2(cdiv(32 * hidden, p * itemsize)))
         narrow_c = min(max(64 // itemsize, 16), max(next_power_of_2(c), 16))
+        plane_p = max(next_power_of_2(p), BYTE)
+        if not (averages or channels_last) and narrow_c * plane_p * itemsize > PLANE_BYTES // 2:
+            narrow_c = min(narrow_c, 16)  # in 8 warps more spill behind a spatial gate
         while samples > 1 and (
-            cdiv(n, samples) * cdiv(c, narrow_c) < multiprocessors or samples * narrow_c * p * itemsize > 2 * ITEM_BYTES
+            cdiv(n, samples) * cdiv(c, narrow_c) < multiprocessors
+            or samples * narrow_c * p * itemsize > 2 * ITEM_BYTES
+            or narrow_c * plane_p * itemsize > PLANE_BYTES
         ):
             samples //= 2
         if samples > 1:
-            block_c, splits = narrow_c, 1
-            block_p = min(max(next_power_of_2(p), BYTE), max(TILE // block_c, 1))
+            block_c, block_p, splits = narrow_c, plane_p, 1
     if samples == 1:
         block_p = min(block_p, max(tile_elements // block_c, BYTE))
-    block_h = hidden_block(hidden, block_c)
-    tile = Tile.of(block_c, block_p, c if channels_last else p, itemsize, a_thread)
-    if hidden:
-        # The products of 16 x 16, the least of the MLP's, spill in fewer than 4 warps, and with Triton 3.6 those of
-        # several samples in fewer than 8, which a tile gets that has a vector for each of their threads.
-        several = samples > 1 and block_c * block_p * itemsize >= 8 * 32 * 16
-        tile = replace(tile, num_warps=max(tile.num_warps, 8 if several else 4))
+    row = c if channels_last else p
+    tile = Tile.of(block_c, block_p, row, itemsize, a_thread)
+    if samples > 1:
+        # Programs of 4 warps: the next phase's are there already when a phase ends. Larger tiles spill in 4, and those
+        # whose elements have an address each.
+        small = block_c * block_p * itemsize <= PLANE_BYTES // 2 and vector_length(row, itemsize) > 1
+        tile = replace(tile, num_warps=4 if small else 8)
+    elif hidden:
+        # The products of 16 x 16, the least of the MLP's, spill in fewer than 4 warps.
+        tile = replace(tile, num_warps=max(tile.num_warps, 4))
+    block_h = hidden_block(hidden, block_c, 64 if samples > 1 and averages else 32)
     blocks, tiles = cdiv(c, block_c), cdiv(p, block_p)
     # Every part reads its weights anew, 4 bytes a channel and unit of each layer: larger parts where they outweigh x.
     most = max(max(item_bytes, 8 * block_c * hidden) // (block_c * block_p * itemsize), 1)
@@ -176,8 +206,9 @@ def channel_plan(
     # 16.5 MB of x on an H100, whose L2 has 50.
     lead = resident * multiprocessors // cdiv(max(blocks * splits * item_bytes, samples * c * p * itemsize), item_bytes)
     lead = min(max(lead, 1), groups)
-    stages = STAGES[itemsize] if chunk > block_p else 1
-    return ChannelPlan(tile, samples, chunk, splits, blocks, groups, lead, block_h, stages, single_launch)
+    stages = STAGES[itemsize] if chunk > block_p or samples > 1 else 1
+    plane_stages = PLANE_STAGES[itemsize] - (not averages and itemsize == 2) if samples > 1 else 1
+    return ChannelPlan(tile, samples, chunk, splits, blocks, groups, lead, block_h, stages, plane_stages, single_launch)
 
 
 @functools.lru_cache
@@ -289,6 +320,6 @@ def norm_tile(
     return tile, min(max(programs, 1), n * cdiv(p, block_p))
 
 
-def hidden_block(hidden: int, block_c: int) -> int:
+def hidden_block(hidden: int, block_c: int, most: int) -> int:
     """Hidden units of the MLP that are handled at once with ``block_c`` channels; 16 at least, for ``tl.dot``."""
-    return min(max(next_power_of_2(hidden), 16), 32 if block_c <= 64 else 16)
+    return min(max(next_power_of_2(hidden), 16), most if block_c <= 64 else 16)

@@ -81,7 +81,7 @@ def tile_options(x: Tensor, tile: config.Tile) -> dict[str, int]:
 
 # Triton's options for launches of a channel gate's items. What crosses programs must not be prefetched: cp.async may
 # take it through L1, which the memory model does not order.
-GATE_OPTIONS = {"num_stages": 1, "maxnreg": 128}
+GATE_OPTIONS = {"num_stages": 1}
 
 
 def scale_options(x: Tensor, relu: bool) -> dict[str, int | None]:

@@ -126,7 +126,7 @@ def channel_gates_kernel(
     if not second:
         _channel.squeeze(
             x_ptr, w1_ptr, stats_ptr, arg_ptr, pool_ptr, argmax_ptr, part_ptr, p_first, given_up_ptr, stamp, phase,
-            group, item, N, C, P, H, S, CHUNK, AVG, MAX, LP, LSE, False, part_ptr.dtype.element_ty, JOINED,
+            group, item, N, C, P, H, S, CHUNK, AVG, MAX, LP, LSE, JOINED,
             SAMPLES, STAGES, CHANNELS_LAST, BLOCK_C, BLOCK_P, BLOCK_H,
         )  # fmt: skip
         if SINGLE:
@@ -418,6 +418,7 @@ def _forward(
                 BLOCK_H=plan.block_h,
                 BLOCK_E=plan.block_e(_channel.pool_count(pools) * hidden),
                 **tile_options(x, plan.tile),
+                maxnreg=plan.registers,
                 **GATE_OPTIONS,
             )
     pool_tile = pools_tile(x)

@@ -96,6 +96,7 @@ def channel_gate_kernel(
     JOINED: tl.constexpr,
     SAMPLES: tl.constexpr,
     STAGES: tl.constexpr,
+    PLANE_STAGES: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -137,8 +138,8 @@ def channel_gate_kernel(
     if not second:
         squeeze(
             x_ptr, w1_ptr, stats_ptr, arg_ptr, pool_ptr, argmax_ptr, part_ptr, p_first, given_up_ptr, stamp, phase,
-            group, item, N, C, P, H, S, CHUNK, AVG, MAX, LP, LSE, False, part_ptr.dtype.element_ty, JOINED, SAMPLES,
-            STAGES, CHANNELS_LAST, BLOCK_C, BLOCK_P, BLOCK_H,
+            group, item, N, C, P, H, S, CHUNK, AVG, MAX, LP, LSE, JOINED, SAMPLES, STAGES, CHANNELS_LAST, BLOCK_C,
+            BLOCK_P, BLOCK_H,
         )  # fmt: skip
         if SINGLE:
             mark(p_first + item, stamp)
@@ -157,16 +158,24 @@ def channel_gate_kernel(
             pre_ptr, w2_ptr, b2_ptr, None, given_up, group, c, N, C, H,
             K, ACTIVATION, GATE, SAMPLES, BLOCK_C, BLOCK_H,
         )  # fmt: skip
-        for row in range(0, tl.minimum(SAMPLES, N - group * SAMPLES)):
-            i_n = tl.cast(group * SAMPLES + row, tl.int64)
-            b_gate = get_row(b_gates, row)
-            for p in range(i_s * CHUNK, tl.minimum(i_s * CHUNK + CHUNK, P), BLOCK_P):
-                b_x = load_tile(x_ptr, i_n, c, p, C, P, b_gate.dtype, CHANNELS_LAST, BLOCK_C, BLOCK_P, "evict_first")
-                b_y = b_x * b_gate[:, None]
-                store_tail(
-                    b_y, y_ptr, residual_ptr, mask_ptr, i_n, c, p, C, P, RELU, CHANNELS_LAST, BLOCK_C, BLOCK_P,
-                    "evict_first",
-                )  # fmt: skip
+        # Tiles of one plane, or of one plane each.
+        begin, end, STEP = i_s * CHUNK, tl.minimum(i_s * CHUNK + CHUNK, P), BLOCK_P
+        if SAMPLES > 1:
+            begin, end, STEP = 0, tl.minimum(SAMPLES, N - group * SAMPLES), 1
+        else:
+            i_n = tl.cast(group, tl.int64)
+            b_gate = get_row(b_gates, 0)
+        for t in tl.range(begin, end, STEP, num_stages=PLANE_STAGES):
+            p = t
+            if SAMPLES > 1:
+                p = 0
+                i_n = tl.cast(group * SAMPLES + t, tl.int64)
+                b_gate = get_row(b_gates, t)
+            b_x = load_tile(x_ptr, i_n, c, p, C, P, b_gate.dtype, CHANNELS_LAST, BLOCK_C, BLOCK_P, "evict_first")
+            store_tail(
+                b_x * b_gate[:, None], y_ptr, residual_ptr, mask_ptr, i_n, c, p, C, P, RELU, CHANNELS_LAST, BLOCK_C,
+                BLOCK_P, "evict_first",
+            )  # fmt: skip
 
 
 def _launch_forward(
@@ -227,9 +236,11 @@ def _launch_forward(
             JOINED=joined,
             SAMPLES=plan.samples,
             STAGES=plan.stages,
+            PLANE_STAGES=plan.plane_stages,
             BLOCK_H=plan.block_h,
             BLOCK_E=plan.block_e(k * hidden),
             **tile_options(x, plan.tile),
+            maxnreg=plan.registers,
             **GATE_OPTIONS,
         )
     return y
