@@ -44,8 +44,14 @@ MODULES = ("SE", "ChannelGate", "SpatialGate", "CBAM", "BAM", "SimAM", "ChannelA
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 BATCHES = (1, 32)
 RESULTS = Path(__file__).parent / "results" / "compile.csv"
-# Loads of single elements of x, one a plane or a pixel: the value of a maximum whose index was saved.
-GATHERS = {"gate_bwd_kernel": 4, "dspatial_kernel": 1}
+
+
+def gathers(kernel: Kernel) -> int:
+    """A thread's loads of single elements of x: the values of maxima whose index was saved."""
+    if kernel.name == "gate_bwd_kernel" and kernel.constant("MAX"):  # one per plane
+        planes = kernel.constant("SAMPLES") * kernel.constant("BLOCK_C")
+        return max(planes // (32 * dict(kernel.options)["num_warps"]), 1)
+    return int(kernel.name == "dspatial_kernel")  # one per pixel
 
 
 class Site(NamedTuple):
@@ -269,7 +275,7 @@ def describe(variant: Variant, code: MachineCode) -> Row:
     kernel, architecture, first = variant.kernel, variant.architecture, variant.cases[0]
     programs = architecture.occupancy(code.registers, code.shared, code.warps)
     full_size = [access for access in code.accesses if access.argument in variant.full_size]
-    for gather in [a for a in full_size if a.kind == "load" and a.bits < VECTOR_BITS][: GATHERS.get(kernel.name, 0)]:
+    for gather in [a for a in full_size if a.kind == "load" and a.bits < VECTOR_BITS][: gathers(kernel)]:
         full_size.remove(gather)
     loads, stores = ([a for a in full_size if a.kind == kind] for kind in ("load", "store"))
     return {

@@ -70,6 +70,8 @@ def test_items_cover_every_plane(channels_last, options):
             assert plan.tile.block_c >= 16
             assert plan.block_h >= 16
             assert plan.tile.num_warps in (4, 8)
+            assert plan.samples in (2, 4, 8, 16)  # rows of tl.dot
+            assert (plan.plane_stages > 1) == (itemsize < 8)
         else:
             assert plan.plane_stages == 1
 

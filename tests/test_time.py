@@ -347,10 +347,10 @@ def test_a_record_keeps_the_rows_of_other_cases(tmp_path):
 
 
 def test_record_says_model_and_is_as_fast_as_claimed():
-    """At 56x56 and 28x28, batch 32, both layouts; what is claimed is SE and CBAM at 56x56, and BAM backward."""
+    """ResNet-50's stages at batch 32. What is claimed is SE and CBAM at 56x56, SE at 14x14, and BAM backward."""
     with (RESULTS / "time.csv").open(newline="", encoding="utf-8") as file:
         rows = {tuple(row[name] for name in time.PLACE): row for row in csv.DictReader(file)}
-    shapes = "32x256x56x56", "32x512x28x28"
+    shapes = "32x256x56x56", "32x512x28x28", "32x1024x14x14", "32x2048x7x7"
     expected = itertools.product(time.OPS, shapes, LAYOUTS, ("bf16",), ("H100",), ("0",), time.DIRECTIONS)
     assert rows.keys() == set(expected)
     assert {row["kind"] for row in rows.values()} == {"MODEL"}
@@ -358,5 +358,7 @@ def test_record_says_model_and_is_as_fast_as_claimed():
         if place[0] in ("SE", "SE+add+ReLU", "CBAM") and place[1] == shapes[0]:
             assert float(row["share"]) >= (0.55 if place[0] == "CBAM" else 0.8), place
             assert float(row["us"]) <= float(row["compile_us"]), place
+        if place[0] == "SE" and place[1:3] == (shapes[2], "channels_last"):
+            assert float(row["us"]) <= 1.1 * float(row["compile_us"]), place
         if place[0] == "BAM" and place[1] == shapes[0] and place[-1] == "backward":
             assert float(row["share"]) >= 0.45, place

@@ -400,8 +400,7 @@ def _fc1(
 @triton.jit
 def sum_parts(part_ptr, i_n, o_e, m, J, SIZE, ACC: tl.constexpr, BLOCK_E: tl.constexpr):
     """[BLOCK_E] sums over J partial sums, in a fixed order: of element o_e of SIZE of sample i_n."""
-    # So many at once that their pointers do not spill with Triton 3.6: of a narrow hidden layer, in 4 warps, 1024.
-    ROWS: tl.constexpr = 2048 // BLOCK_E if BLOCK_E > 64 else 1024 // BLOCK_E
+    ROWS: tl.constexpr = 1024 // BLOCK_E  # the pointers of more spill in 4 warps with Triton 3.6
     b_sum = tl.zeros([BLOCK_E], ACC)
     for j in range(0, J, ROWS):
         o_j = j + tl.arange(0, ROWS)

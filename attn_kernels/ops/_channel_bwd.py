@@ -105,8 +105,8 @@ def _sum_planes(
 
 @triton.jit
 def _sum_samples(
-    dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, group, c, N, C, P, ACC: tl.constexpr,
-    SAMPLES: tl.constexpr, EVICT: tl.constexpr, STAGES: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, group, c, N, C, P, AVG: tl.constexpr,
+    ACC: tl.constexpr, SAMPLES: tl.constexpr, EVICT: tl.constexpr, STAGES: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """[SAMPLES, BLOCK_C] sums of dy * x and of x over the planes of several samples, a tile each."""
@@ -120,7 +120,8 @@ def _sum_samples(
         b_x = load_tile(x_ptr, i_n, c, 0, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P, EVICT)
         b_dy = _channel_grad(b_dy, spatial_ptr, spatial_argmax_ptr, i_n, o_c, o_p, P, ACC)
         b_sums = put_row(b_sums, row, tl.sum(b_dy * b_x, axis=1))
-        b_avgs = put_row(b_avgs, row, tl.sum(b_x, axis=1))
+        if AVG:
+            b_avgs = put_row(b_avgs, row, tl.sum(b_x, axis=1))
     return b_sums, b_avgs
 
 
@@ -169,7 +170,7 @@ def _dgate(
         b_sums = tl.expand_dims(b_sum, 0)
     else:
         b_dgates, b_sums = _sum_samples(
-            dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, group, c, N, C, P, ACC, SAMPLES, EVICT,
+            dy_ptr, mask_ptr, x_ptr, spatial_ptr, spatial_argmax_ptr, group, c, N, C, P, AVG, ACC, SAMPLES, EVICT,
             PLANE_STAGES, CHANNELS_LAST, BLOCK_C, BLOCK_P,
         )  # fmt: skip
     if not DIVIDED:

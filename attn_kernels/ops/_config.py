@@ -24,8 +24,8 @@ STAGES = {2: 4, 4: 3, 8: 1}
 HIDDEN_ELEMENTS = 64
 # Bytes of x that a tile of a whole plane has at most, where a program serves several samples.
 PLANE_BYTES = 16 * 1024
-# Stages of the loops over such tiles, by bytes an element: of dy beside x one less than of x alone, and in half
-# precision another one less where more than averages are pooled.
+# Stages of the loops over such tiles but the one that pools x, by bytes an element; in half precision one less where
+# more than averages are pooled or there is a spatial gate.
 PLANE_STAGES = {2: 3, 4: 2, 8: 1}
 # Samples of small planes that a program serves at most, so that it reads its weights once for all of them.
 SAMPLES = 16
@@ -162,7 +162,8 @@ def channel_plan(
     """For the channel gate, whose MLP has ``hidden`` units, 0 where there is none.
 
     Where it pools ``averages`` alone a thread has registers for 64 bytes of x. Beside other pools, or the maps of a
-    spatial gate, 64 spill: there it has 32, programs have larger items, and fewer of them run at once.
+    spatial gate, 64 spill: there it has 32, programs have larger items, and fewer of them run at once. Of small planes,
+    which are a tile each in programs of several samples, it has up to 64 in any case.
     """
     a_thread, item_bytes, resident = (64, ITEM_BYTES, 3) if averages else (32, 2 * ITEM_BYTES, 2)
     tile = plane_tile(n, c, p, itemsize, channels_last, multiprocessors, True)
@@ -321,5 +322,8 @@ def norm_tile(
 
 
 def hidden_block(hidden: int, block_c: int, most: int) -> int:
-    """Hidden units of the MLP that are handled at once with ``block_c`` channels; 16 at least, for ``tl.dot``."""
+    """Hidden units of the MLP that are handled at once with ``block_c`` channels; 16 at least, for ``tl.dot``.
+
+    ``most``: of up to 64 channels; beside more, whose products take more registers, no more than 16.
+    """
     return min(max(next_power_of_2(hidden), 16), most if block_c <= 64 else 16)
