@@ -105,6 +105,7 @@ class ChannelPlan:
     groups: int
     lead: int
     block_h: int
+    bwd_block_h: int
     stages: int
     plane_stages: int
     single_launch: bool
@@ -130,11 +131,6 @@ class ChannelPlan:
 
     def weight_items(self, c: int, hidden: int) -> int:
         return cdiv(c, self.weight_block) * cdiv(hidden, self.weight_block)
-
-    @property
-    def bwd_block_h(self) -> int:
-        """Hidden units at once in the backward: beside small tiles, which come in more programs, no more than 32."""
-        return self.block_h if self.tile.block_c * self.tile.block_p > TILE else min(self.block_h, 32)
 
     @property
     def registers(self) -> int:
@@ -197,6 +193,8 @@ def channel_plan(
         # The products of 16 x 16, the least of the MLP's, spill in fewer than 4 warps.
         tile = replace(tile, num_warps=max(tile.num_warps, 4))
     block_h = hidden_block(hidden, block_c, 64 if samples > 1 and averages else 32)
+    # What spills on no architecture beside dy.
+    bwd_block_h = min(block_h, 32 if block_c * block_p <= TILE else 64 if averages else 16)
     blocks, tiles = cdiv(c, block_c), cdiv(p, block_p)
     # Every part reads its weights anew, 4 bytes a channel and unit of each layer: larger parts where they outweigh x.
     most = max(max(item_bytes, 8 * block_c * hidden) // (block_c * block_p * itemsize), 1)
@@ -209,7 +207,9 @@ def channel_plan(
     lead = min(max(lead, 1), groups)
     stages = STAGES[itemsize] if chunk > block_p or samples > 1 else 1
     plane_stages = PLANE_STAGES[itemsize] - (not averages and itemsize == 2) if samples > 1 else 1
-    return ChannelPlan(tile, samples, chunk, splits, blocks, groups, lead, block_h, stages, plane_stages, single_launch)
+    return ChannelPlan(
+        tile, samples, chunk, splits, blocks, groups, lead, block_h, bwd_block_h, stages, plane_stages, single_launch
+    )
 
 
 @functools.lru_cache
