@@ -183,7 +183,7 @@ class TestRecorded:
         ("CBAM", (3, 40, 20, 20)),
         ("CBAM", (20, 64, 40, 40)),
         ("CBAM", (40, 64, 7, 7)),
-        ("CBAM", (20, 512, 7, 7)),  # several items of the hidden layer, and gates in their launch
+        ("CBAM", (32, 512, 7, 7)),  # several items of the hidden layer, and gates in their launch
         ("SimAM", (3, 40, 24, 24)),
         ("BAM", (3, 32, 20, 20)),
     )
