@@ -193,7 +193,7 @@ def channel_plan(
         # The products of 16 x 16, the least of the MLP's, spill in fewer than 4 warps.
         tile = replace(tile, num_warps=max(tile.num_warps, 4))
     block_h = hidden_block(hidden, block_c, 64 if samples > 1 and averages else 32)
-    # What spills on no architecture beside dy.
+    # Beside dy more spill, in half precision on sm_80 to sm_90.
     bwd_block_h = min(block_h, 32 if block_c * block_p <= TILE else 64 if averages else 16)
     blocks, tiles = cdiv(c, block_c), cdiv(p, block_p)
     # Every part reads its weights anew, 4 bytes a channel and unit of each layer: larger parts where they outweigh x.
