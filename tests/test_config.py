@@ -45,7 +45,7 @@ def test_pools_have_16_elements_a_thread_at_most(channels_last):
 
 
 @pytest.mark.parametrize(
-    "options", [{"averages": False}, {"averages": True}, {"tile_elements": config.TILE // 2}], ids=str
+    "options", [{}, {"averages": True}, {"dspatial": True}, {"tile_elements": config.TILE // 2}], ids=str
 )
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_items_cover_every_plane(channels_last, options):
@@ -70,6 +70,8 @@ def test_items_cover_every_plane(channels_last, options):
             assert plan.tile.block_c >= 16
             assert plan.block_h >= 16
             assert plan.tile.num_warps in (4, 8)
+            if "dspatial" in options and itemsize < 8:  # more spill
+                assert plan.tile.block_c * plan.tile.block_p <= 16 * 32 * plan.tile.num_warps
             assert plan.samples in (2, 4, 8, 16)  # rows of tl.dot
             assert (plan.plane_stages > 1) == (itemsize < 8)
         else:

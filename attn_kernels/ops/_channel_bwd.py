@@ -585,7 +585,7 @@ def gates(
     """Launch the gates alone: the scratch memory, which begins with them, of a later :func:`backward`."""
     n, c, _, _ = x.shape
     hidden = w2.shape[1]
-    plan = channel_plan(x, hidden)
+    plan = channel_plan(x, hidden, dspatial=True)
     scratch, slots = _empty_scratch(x, hidden, pools, plan)
     gates_kernel[(plan.groups * plan.blocks,)](
         saved,
@@ -636,7 +636,7 @@ def backward(
 
 
 def _plan(x: Tensor, hidden: int, spatial: Tensor | None, pools: int) -> config.ChannelPlan:
-    return channel_plan(x, hidden, averages=spatial is None and pools == AVERAGE)
+    return channel_plan(x, hidden, spatial is None and pools == AVERAGE, spatial is not None)
 
 
 def _register_limit(plan: config.ChannelPlan, spatial: Tensor | None, pools: int) -> int:

@@ -153,13 +153,15 @@ def channel_plan(
     multiprocessors: int,
     single_launch: bool = True,
     averages: bool = False,
+    dspatial: bool = False,
     tile_elements: int = TILE,
 ) -> ChannelPlan:
     """For the channel gate, whose MLP has ``hidden`` units, 0 where there is none.
 
     Where it pools ``averages`` alone a thread has registers for 64 bytes of x. Beside other pools, or the maps of a
     spatial gate, 64 spill: there it has 32, programs have larger items, and fewer of them run at once. Of small planes,
-    which are a tile each in programs of several samples, it has up to 64 in any case.
+    which are a tile each in programs of several samples, it has up to 64 but where the gradients of a spatial gate are
+    beside it (``dspatial``).
     """
     a_thread, item_bytes, resident = (64, ITEM_BYTES, 3) if averages else (32, 2 * ITEM_BYTES, 2)
     tile = plane_tile(n, c, p, itemsize, channels_last, multiprocessors, True)
@@ -170,7 +172,7 @@ def channel_plan(
         samples = min(SAMPLES, next_power_of_2(n), next_power_of_2(cdiv(32 * hidden, p * itemsize)))
         narrow_c = min(max(64 // itemsize, 16), max(next_power_of_2(c), 16))
         plane_p = max(next_power_of_2(p), BYTE)
-        if not (averages or channels_last) and narrow_c * plane_p * itemsize > PLANE_BYTES // 2:
+        if (dspatial or not (averages or channels_last)) and narrow_c * plane_p * itemsize > PLANE_BYTES // 2:
             narrow_c = min(narrow_c, 16)  # in 8 warps more spill behind a spatial gate
         while samples > 1 and (
             cdiv(n, samples) * cdiv(c, narrow_c) < multiprocessors
@@ -187,14 +189,15 @@ def channel_plan(
     if samples > 1:
         # Programs of 4 warps: the next phase's are there already when a phase ends. Larger tiles spill in 4, and those
         # whose elements have an address each.
-        small = block_c * block_p * itemsize <= PLANE_BYTES // 2 and vector_length(row, itemsize) > 1
+        most = PLANE_BYTES // (4 if dspatial else 2)
+        small = block_c * block_p * itemsize <= most and vector_length(row, itemsize) > 1
         tile = replace(tile, num_warps=4 if small else 8)
     elif hidden:
         # The products of 16 x 16, the least of the MLP's, spill in fewer than 4 warps.
         tile = replace(tile, num_warps=max(tile.num_warps, 4))
     block_h = hidden_block(hidden, block_c, 64 if samples > 1 and averages else 32)
     # Beside dy more spill, in half precision on sm_80 to sm_90.
-    bwd_block_h = min(block_h, 32 if block_c * block_p <= TILE else 64 if averages else 16)
+    bwd_block_h = min(block_h, 32 if block_c * block_p <= TILE else 64)
     blocks, tiles = cdiv(c, block_c), cdiv(p, block_p)
     # Every part reads its weights anew, 4 bytes a channel and unit of each layer: larger parts where they outweigh x.
     most = max(max(item_bytes, 8 * block_c * hidden) // (block_c * block_p * itemsize), 1)

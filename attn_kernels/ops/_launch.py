@@ -100,9 +100,13 @@ def pools_tile(x: Tensor) -> config.Tile:
 
 
 def channel_plan(
-    x: Tensor, hidden: int, averages: bool = False, tile_elements: int = config.TILE
+    x: Tensor, hidden: int, averages: bool = False, dspatial: bool = False, tile_elements: int = config.TILE
 ) -> config.ChannelPlan:
-    """For the channel gate of x; ``averages``: it pools averages alone, and there is no spatial gate behind it."""
+    """For the channel gate of x.
+
+    ``averages``: it pools averages alone, and there is no spatial gate behind it; ``dspatial``: for the backward of one
+    that has a spatial gate behind it.
+    """
     n, c, h, w = x.shape
     return config.channel_plan(
         n,
@@ -114,6 +118,7 @@ def channel_plan(
         multiprocessors(x),
         SINGLE_LAUNCH,
         averages,
+        dspatial,
         tile_elements,
     )
 
