@@ -91,8 +91,12 @@ def spatial_layer(t: Tensor, layer: nn.Module) -> Tensor:
 
 def convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """The convolution in ``x``'s dtype, whatever its parameters'."""
-    bias = None if conv.bias is None else conv.bias.to(x.dtype)
-    return F.conv2d(x, conv.weight.to(x.dtype), bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return convolve_by(x, conv, *(t if t is None else t.to(x.dtype) for t in (conv.weight, conv.bias)))
+
+
+def convolve_by(x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The convolution by other parameters than its own."""
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def bam(

@@ -7,7 +7,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import attn_kernels
+import reference
 from attn_kernels.ops import _config, _conv
 from reference.se import ACTIVATIONS, GATES
 from tests.harness import ALL_POOLS, DTYPES, LAYOUTS, MODULES, check
@@ -188,3 +192,45 @@ def test_any_shape(module, n, c, h, w, layout, tail, device):
 def test_tiles_at_their_narrowest(module, shape, layout, device):
     build = lambda kit: MODULES[module](kit, shape[1])  # noqa: E731
     check(build, shape, torch.bfloat16, layout, device, activation="relu", training=False)
+
+
+class _Calls(TorchDispatchMode):
+    """The operators that are called inside, with the shapes of what they take."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append((func, [t.shape for t in tree_leaves(args) if isinstance(t, torch.Tensor)]))
+        return func(*args, **(kwargs or {}))
+
+
+def test_bam_casts_its_convolutions_in_one_launch_and_their_gradients_in_another(device):
+    bam = attn_kernels.BAM(32).to(device)
+    x = torch.randn(2, 32, 6, 6, device=device, dtype=torch.bfloat16, requires_grad=True)
+    with _Calls() as calls:
+        bam(x).sum().backward()
+    casts = [shapes for func, shapes in calls.seen if func is torch.ops.aten._foreach_copy_.default]
+    assert [len(shapes) for shapes in casts] == [8, 8]  # weights and biases of two convolutions, to and from
+    kernels = [t.shape for t in bam.parameters() if t.shape[2:] == (3, 3)]
+    assert len(kernels) == 2
+    alone = [shapes for func, shapes in calls.seen if func is torch.ops.aten._to_copy.default]
+    assert not [shapes for shapes in alone if shapes[0] in kernels]
+
+
+def test_second_derivatives_by_way_of_bams_casts(device):
+    """In float32 with parameters in float64, which casts lose nothing of."""
+    torch.manual_seed(0)
+    fused, plain = attn_kernels.BAM(32), reference.BAM(32)
+    plain.load_state_dict(fused.state_dict())
+    x = torch.randn(2, 32, 6, 6)
+    found = []
+    for module in (fused, plain):
+        module.to(device, torch.float64)
+        leaf = x.to(device).requires_grad_()
+        weight = next(p for p in module.parameters() if p.shape[2:] == (3, 3))
+        (first,) = torch.autograd.grad(module(leaf).square().mean(), leaf, create_graph=True)
+        found += torch.autograd.grad(first.square().sum(), [weight])
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3 * found[1].abs().max().item())

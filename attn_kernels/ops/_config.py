@@ -285,8 +285,10 @@ def reduce_tile(n: int, p: int, hidden: int, itemsize: int, multiprocessors: int
     block_p = min(max(next_power_of_2(p), 16), 8192 // (block_h * itemsize), 128)
     while block_p > 8 * itemsize and n * cdiv(p, block_p) < multiprocessors:
         block_p //= 2
-    # 128 bytes of consecutive channels; 8 warps where each thread still has a vector of x.
-    return Tile(128 // itemsize, block_p, 8 if block_h * block_p >= 2048 and block_p >= 32 else 4), block_h
+    # 128 bytes of consecutive channels; in half precision 256 where blocks of pixels are small: fewer steps. 8 warps
+    # where each thread still has a vector of x.
+    row = 256 if itemsize == 2 and block_p <= 32 else 128
+    return Tile(row // itemsize, block_p, 8 if block_h * block_p >= 2048 and block_p >= 32 else 4), block_h
 
 
 @functools.lru_cache

@@ -15,6 +15,9 @@ ReLU.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -22,8 +25,9 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from attn_kernels.ops import _config as config
+from attn_kernels.ops import _norm
 from attn_kernels.ops._channel import load_weight
-from attn_kernels.ops._device import aligned, load_tail_grad, load_tile, store_tail, store_tile
+from attn_kernels.ops._device import aligned, dot, load_tail_grad, load_tile, store_tail, store_tile
 from attn_kernels.ops._launch import pixel_tile, reduce_bwd_tile, reduce_tile, tile_options
 from attn_kernels.ops._library import (
     contiguous,
@@ -37,7 +41,7 @@ from attn_kernels.ops._library import (
 )
 from attn_kernels.ops.batch_norm_relu import batch_norm_relu, can_add, is_fusable
 from reference._common import accumulation_dtype
-from reference.bam import channel_logits, spatial_layer
+from reference.bam import channel_logits, convolve_by, spatial_layer
 
 
 @triton.jit
@@ -138,8 +142,7 @@ def squeeze_kernel(
     """The reducing convolution and the channels' means of BLOCK_P pixels. Reads x (again for each BLOCK_H units)."""
     C, P = aligned(C, P, UNIT, CHANNELS_LAST)
     ACC: tl.constexpr = mean_ptr.dtype.element_ty
-    # Products of 16-bit operands are exact in tf32 on the tensor cores.
-    PRECISION: tl.constexpr = "tf32" if x_ptr.dtype.element_ty.primitive_bitwidth == 16 else "ieee"
+    X: tl.constexpr = x_ptr.dtype.element_ty
     blocks = tl.cdiv(P, BLOCK_P)
     i_n = (tl.program_id(0) // blocks).to(tl.int64)
     i_b = tl.program_id(0) % blocks
@@ -151,12 +154,11 @@ def squeeze_kernel(
         for c in range(0, C, BLOCK_C):
             o_c = c + tl.arange(0, BLOCK_C)
             b_x = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-            b_weight = load_weight(weight_ptr, o_h, o_c, H, C, ACC)
-            b_reduced += tl.dot(b_weight, b_x, input_precision=PRECISION, out_dtype=ACC)
+            b_reduced += dot(load_weight(weight_ptr, o_h, o_c, H, C, X), b_x.to(X), ACC)
             if h == 0:
                 tl.store(mean_ptr + (i_n * blocks + i_b) * C + o_c, tl.sum(b_x, axis=1) / P, mask=o_c < C)
         if bias_ptr is not None:
-            b_bias = tl.load(bias_ptr + o_h, mask=m_h, other=0).to(x_ptr.dtype.element_ty)  # as the reference does
+            b_bias = tl.load(bias_ptr + o_h, mask=m_h, other=0).to(X)  # as the reference does
             b_reduced += b_bias.to(ACC)[:, None]
         # A reduced map is a sample of H channels in x's layout.
         store_tile(b_reduced, reduced_ptr, i_n, h, p, H, P, CHANNELS_LAST, BLOCK_H, BLOCK_P)
@@ -189,7 +191,7 @@ def dx_kernel(
     """
     C, P = aligned(C, P, UNIT, CHANNELS_LAST)
     ACC: tl.constexpr = dmean_ptr.dtype.element_ty
-    PRECISION: tl.constexpr = "tf32" if dx_ptr.dtype.element_ty.primitive_bitwidth == 16 else "ieee"
+    X: tl.constexpr = x_ptr.dtype.element_ty
     blocks = tl.cdiv(P, BLOCK_P)
     i_q = tl.program_id(1)
     c = tl.program_id(0) * BLOCK_C
@@ -199,7 +201,7 @@ def dx_kernel(
         o_h = h + tl.arange(0, BLOCK_H)
         m_h = o_h < H
         # Rounded to x's dtype, in which the reference convolves.
-        b_weight = load_weight(weight_ptr, o_h, o_c, H, C, x_ptr.dtype.element_ty).to(ACC)
+        b_weight = load_weight(weight_ptr, o_h, o_c, H, C, X)
         b_dweight = tl.zeros([BLOCK_H, BLOCK_C], ACC)
         b_dbias = tl.zeros([BLOCK_H], ACC)
         for t in range(i_q, N * blocks, tl.num_programs(1)):
@@ -209,8 +211,8 @@ def dx_kernel(
             b_dreduced = load_tile(dreduced_ptr, i_n, h, p, H, P, ACC, CHANNELS_LAST, BLOCK_H, BLOCK_P)
             b_dbias += tl.sum(b_dreduced, axis=1)
             b_x = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-            b_dweight += tl.dot(b_dreduced, tl.trans(b_x), input_precision=PRECISION, out_dtype=ACC)
-            b_dx = tl.dot(tl.trans(b_weight), b_dreduced, input_precision=PRECISION, out_dtype=ACC)
+            b_dweight += dot(b_dreduced.to(X), tl.trans(b_x.to(X)), ACC)
+            b_dx = dot(tl.trans(b_weight), b_dreduced.to(X), ACC)
             if h == 0:
                 b_spatial = tl.load(spatial_ptr + i_n * P + o_p, mask=o_p < P, other=0).to(ACC)
                 _, b_gate = _attention(channel_ptr, b_spatial, i_n, o_c, C)
@@ -299,7 +301,7 @@ def _squeeze(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Te
         hidden,
         BLOCK_H=block_h,
         **tile_options(x, tile),
-        num_stages=2,
+        num_stages=3 if x.element_size() == 2 else 2,  # more spill in float32
         maxnreg=128,
     )
     return mean.sum(1), reduced
@@ -433,15 +435,56 @@ def _apply_formula(x, channel, spatial):
     return x * (1 + torch.sigmoid(channel[:, :, None, None].to(x.dtype) * spatial.to(x.dtype)))
 
 
+class _Cast(torch.autograd.Function):
+    """Tensors in another dtype, and their gradients back again, by one launch for all of them."""
+
+    @staticmethod
+    def forward(ctx, dtype, *tensors):
+        ctx.dtypes = [t.dtype for t in tensors]
+        return tuple(_cast(tensors, [dtype] * len(tensors)))
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        if torch.is_grad_enabled():
+            return None, *(g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True))
+        return None, *_cast(gradients, ctx.dtypes)
+
+
+def _cast(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    copies = [torch.empty_like(t, dtype=dtype) for t, dtype in zip(tensors, dtypes, strict=True)]
+    torch._foreach_copy_(copies, list(tensors))
+    return copies
+
+
+def _cast_convolutions(layers: Sequence[nn.Module], dtype: torch.dtype) -> dict[nn.Module, tuple[Tensor, ...]]:
+    """Weight and bias, in ``dtype``, of the convolutions that have them in another and that no kernel stands for."""
+    convs = [
+        layer
+        for layer in layers
+        if type(layer) is nn.Conv2d
+        and layer.weight.dtype != dtype
+        and not can_add(layer, layer.in_channels)
+        and _norm.is_plain(layer)
+    ]
+    if not convs or torch.compiler.is_compiling():  # which joins casts itself
+        return {}
+    states = [(conv.weight,) if conv.bias is None else (conv.weight, conv.bias) for conv in convs]
+    casts = iter(_Cast.apply(dtype, *itertools.chain(*states)))
+    return {conv: tuple(itertools.islice(casts, len(state))) for conv, state in zip(convs, states, strict=True)}
+
+
 def _spatial_logits(reduced: Tensor, gate_s: nn.Sequential) -> Tensor:
     """``reference.bam.spatial_logits``, with kernels for BatchNorm, ReLU and the convolution to one channel."""
     t, layers = reduced, list(gate_s)[1:]
+    casts = _cast_convolutions(layers, reduced.dtype)
     while layers:
         layer, *behind = layers
         if behind and is_fusable(layer, behind[0]) and _is_map(t, layer.num_features, reduced):
             last = [conv for conv in behind[1:2] if can_add(conv, layer.num_features)]
             t = batch_norm_relu(t, layer, *last)
             layers = behind[1 + len(last) :]
+        elif layer in casts and t.dtype == reduced.dtype:
+            t, layers = convolve_by(t, layer, *casts[layer]), behind
         else:
             t, layers = spatial_layer(t, layer), behind
     return t

@@ -49,7 +49,7 @@ def statistics_kernel(
     seen = tl.zeros([1], ACC)
     b_sum = tl.zeros([BLOCK_C], ACC)
     b_m2 = tl.zeros([BLOCK_C], ACC)
-    for t in range(i_q, N * blocks, programs):
+    for t in tl.range(i_q, N * blocks, programs, num_stages=4):
         p = t % blocks * BLOCK_P
         m_p = p + tl.arange(0, BLOCK_P) < P
         b_c = load_tile(c_ptr, tl.cast(t // blocks, tl.int64), c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
@@ -149,7 +149,7 @@ def normalize_kernel(
     add_bias = 0.0
     if add_bias_ptr is not None:
         add_bias = tl.load(add_bias_ptr).to(ACC)
-    for t in range(i_q, N * blocks, programs):
+    for t in tl.range(i_q, N * blocks, programs, num_stages=4):
         i_n = tl.cast(t // blocks, tl.int64)
         p = t % blocks * BLOCK_P
         b_c = load_tile(c_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
@@ -210,7 +210,7 @@ def dparameters_kernel(
     b_dbias = tl.zeros([BLOCK_C], ACC)
     b_dadd = tl.zeros([BLOCK_C], ACC)
     b_dadd_bias = tl.zeros([1], ACC)
-    for t in range(i_q, N * blocks, programs):
+    for t in tl.range(i_q, N * blocks, programs, num_stages=4):
         i_n = tl.cast(t // blocks, tl.int64)
         p = t % blocks * BLOCK_P
         b_c = load_tile(c_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
@@ -282,7 +282,7 @@ def dc_kernel(
             tl.store(dadd_bias_ptr, tl.sum(b_dadd_bias, axis=0))
 
     b_mean, b_invstd, b_weight, b_bias = _load_affine(statistics_ptr, weight_ptr, bias_ptr, o_c, C, ACC, BLOCK_C)
-    for t in range(i_q, N * blocks, programs):
+    for t in tl.range(i_q, N * blocks, programs, num_stages=4):
         i_n = tl.cast(t // blocks, tl.int64)
         p = t % blocks * BLOCK_P
         b_c = load_tile(c_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
@@ -387,7 +387,9 @@ def _backward(
     parameters = weight, bias, add_weight, add_bias
     dc, *gradients = _empty_gradients(dr, c, *parameters, statistics, batch_statistics)
     parts = statistics.new_empty(programs * (2 * channels if add_weight is None else 3 * channels + 1))
-    dparameters_kernel[grid](dr, c, weight, bias, add_weight, statistics, parts, n, channels, h * w, **common)
+    dparameters_kernel[grid](
+        dr, c, weight, bias, add_weight, statistics, parts, n, channels, h * w, **common, maxnreg=128
+    )
     dc_kernel[grid](
         dr,
         c,
