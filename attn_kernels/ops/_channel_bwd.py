@@ -636,7 +636,7 @@ def backward(
 
 
 def _plan(x: Tensor, hidden: int, spatial: Tensor | None, pools: int) -> config.ChannelPlan:
-    return channel_plan(x, hidden, spatial is None and pools == AVERAGE, spatial is not None)
+    return channel_plan(x, hidden, averages=spatial is None and pools == AVERAGE, dspatial=spatial is not None)
 
 
 def _register_limit(plan: config.ChannelPlan, spatial: Tensor | None, pools: int) -> int:

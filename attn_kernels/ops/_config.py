@@ -18,7 +18,8 @@ BYTE = 8
 # Bytes of x that a program of a launch in two phases reads at most where it can choose; twice as many where it does
 # more than to pool averages: its lanes then meet in four times as many instructions.
 ITEM_BYTES = 32 * 1024
-# Stages of the loop that pools x, by bytes an element: one more than the tiles that a program asks for ahead.
+# Stages of the loop that pools x, and of BatchNorm's, by bytes an element: one more than the tiles that a program asks
+# for ahead.
 STAGES = {2: 4, 4: 3, 8: 1}
 # Elements of a gate's hidden layer that a program adds up at most.
 HIDDEN_ELEMENTS = 64

@@ -11,7 +11,6 @@ import triton.language as tl
 
 # The default of EVICT. A plain string as a default is nothing that Triton 3.6 compiles.
 NORMAL = tl.constexpr("")
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
@@ -32,15 +31,6 @@ def tile_offsets(o_c, o_p, C, P, CHANNELS_LAST: tl.constexpr):
         return o_p[None, :] * C + o_c[:, None]
     else:
         return o_c[:, None] * P + o_p[None, :]
-
-
-@triton.jit
-def dot(b_left, b_right, ACC: tl.constexpr):
-    """Their matrix product. The tensor cores take 16-bit operands as they are: in ACC each product of two is exact."""
-    if INTERPRETED:  # it would multiply the bits of bfloat16
-        b_left = b_left.to(ACC)
-        b_right = b_right.to(ACC)
-    return tl.dot(b_left, b_right, input_precision="ieee", out_dtype=ACC)
 
 
 @triton.jit

@@ -23,11 +23,12 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor, nn
+from torch._C._functorch import is_legacy_batchedtensor
 
 from attn_kernels.ops import _config as config
 from attn_kernels.ops import _norm
 from attn_kernels.ops._channel import load_weight
-from attn_kernels.ops._device import aligned, dot, load_tail_grad, load_tile, store_tail, store_tile
+from attn_kernels.ops._device import aligned, load_tail_grad, load_tile, store_tail, store_tile
 from attn_kernels.ops._launch import pixel_tile, reduce_bwd_tile, reduce_tile, tile_options
 from attn_kernels.ops._library import (
     contiguous,
@@ -42,6 +43,8 @@ from attn_kernels.ops._library import (
 from attn_kernels.ops.batch_norm_relu import batch_norm_relu, can_add, is_fusable
 from reference._common import accumulation_dtype
 from reference.bam import channel_logits, convolve_by, spatial_layer
+
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
@@ -124,6 +127,15 @@ def dlogits_kernel(
 
 
 @triton.jit
+def _product(b_weight, b_x, ACC: tl.constexpr):
+    """The matrix product of operands in x's dtype, which tensor cores take as they are: 16-bit ones lose nothing."""
+    if INTERPRETED:  # it would multiply the bits of bfloat16
+        b_weight = b_weight.to(ACC)
+        b_x = b_x.to(ACC)
+    return tl.dot(b_weight, b_x, input_precision="ieee", out_dtype=ACC)
+
+
+@triton.jit
 def squeeze_kernel(
     x_ptr,  # (N, C, P)
     weight_ptr,  # (H, C)
@@ -154,7 +166,7 @@ def squeeze_kernel(
         for c in range(0, C, BLOCK_C):
             o_c = c + tl.arange(0, BLOCK_C)
             b_x = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-            b_reduced += dot(load_weight(weight_ptr, o_h, o_c, H, C, X), b_x.to(X), ACC)
+            b_reduced += _product(load_weight(weight_ptr, o_h, o_c, H, C, X), b_x.to(X), ACC)
             if h == 0:
                 tl.store(mean_ptr + (i_n * blocks + i_b) * C + o_c, tl.sum(b_x, axis=1) / P, mask=o_c < C)
         if bias_ptr is not None:
@@ -191,7 +203,8 @@ def dx_kernel(
     """
     C, P = aligned(C, P, UNIT, CHANNELS_LAST)
     ACC: tl.constexpr = dmean_ptr.dtype.element_ty
-    X: tl.constexpr = x_ptr.dtype.element_ty
+    # Products of 16-bit operands are exact in tf32. In 16 bits Triton 3.6 fails to compile this loop on sm_90.
+    PRECISION: tl.constexpr = "tf32" if x_ptr.dtype.element_ty.primitive_bitwidth == 16 else "ieee"
     blocks = tl.cdiv(P, BLOCK_P)
     i_q = tl.program_id(1)
     c = tl.program_id(0) * BLOCK_C
@@ -201,7 +214,7 @@ def dx_kernel(
         o_h = h + tl.arange(0, BLOCK_H)
         m_h = o_h < H
         # Rounded to x's dtype, in which the reference convolves.
-        b_weight = load_weight(weight_ptr, o_h, o_c, H, C, X)
+        b_weight = load_weight(weight_ptr, o_h, o_c, H, C, x_ptr.dtype.element_ty).to(ACC)
         b_dweight = tl.zeros([BLOCK_H, BLOCK_C], ACC)
         b_dbias = tl.zeros([BLOCK_H], ACC)
         for t in range(i_q, N * blocks, tl.num_programs(1)):
@@ -211,8 +224,8 @@ def dx_kernel(
             b_dreduced = load_tile(dreduced_ptr, i_n, h, p, H, P, ACC, CHANNELS_LAST, BLOCK_H, BLOCK_P)
             b_dbias += tl.sum(b_dreduced, axis=1)
             b_x = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-            b_dweight += dot(b_dreduced.to(X), tl.trans(b_x.to(X)), ACC)
-            b_dx = dot(tl.trans(b_weight), b_dreduced.to(X), ACC)
+            b_dweight += tl.dot(b_dreduced, tl.trans(b_x), input_precision=PRECISION, out_dtype=ACC)
+            b_dx = tl.dot(tl.trans(b_weight), b_dreduced, input_precision=PRECISION, out_dtype=ACC)
             if h == 0:
                 b_spatial = tl.load(spatial_ptr + i_n * P + o_p, mask=o_p < P, other=0).to(ACC)
                 _, b_gate = _attention(channel_ptr, b_spatial, i_n, o_c, C)
@@ -301,7 +314,7 @@ def _squeeze(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Te
         hidden,
         BLOCK_H=block_h,
         **tile_options(x, tile),
-        num_stages=3 if x.element_size() == 2 else 2,  # more spill in float32
+        num_stages=3 if x.element_size() == 2 and block_h * tile.block_p <= 2048 else 2,  # more spill
         maxnreg=128,
     )
     return mean.sum(1), reduced
@@ -436,28 +449,34 @@ def _apply_formula(x, channel, spatial):
 
 
 class _Cast(torch.autograd.Function):
-    """Tensors in another dtype, and their gradients back again, by one launch for all of them."""
+    """Tensors of one dtype in another, and their gradients back again, by one launch for all of them."""
 
     @staticmethod
     def forward(ctx, dtype, *tensors):
-        ctx.dtypes = [t.dtype for t in tensors]
-        return tuple(_cast(tensors, [dtype] * len(tensors)))
+        ctx.dtype = tensors[0].dtype
+        copies = _cast(tensors, dtype)
+        ctx.mark_non_differentiable(*itertools.compress(copies, [not need for need in ctx.needs_input_grad[1:]]))
+        return tuple(copies)
 
     @staticmethod
     def backward(ctx, *gradients):
-        if torch.is_grad_enabled():
-            return None, *(g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True))
-        return None, *_cast(gradients, ctx.dtypes)
+        needed = list(itertools.compress(gradients, ctx.needs_input_grad[1:]))
+        # Neither can be differentiated, or be under the vmap of gradients in a batch, what writes to a list of tensors.
+        if torch.is_grad_enabled() or any(map(is_legacy_batchedtensor, needed)):
+            casts = iter([g.to(ctx.dtype) for g in needed])
+        else:
+            casts = iter(_cast(needed, ctx.dtype))
+        return None, *(next(casts) if need else None for need in ctx.needs_input_grad[1:])
 
 
-def _cast(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    copies = [torch.empty_like(t, dtype=dtype) for t, dtype in zip(tensors, dtypes, strict=True)]
+def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    copies = [torch.empty_like(t, dtype=dtype) for t in tensors]
     torch._foreach_copy_(copies, list(tensors))
     return copies
 
 
 def _cast_convolutions(layers: Sequence[nn.Module], dtype: torch.dtype) -> dict[nn.Module, tuple[Tensor, ...]]:
-    """Weight and bias, in ``dtype``, of the convolutions that have them in another and that no kernel stands for."""
+    """Weight and bias in ``dtype`` of the convolutions that have them in another, but for one that kernels compute."""
     convs = [
         layer
         for layer in layers
@@ -466,10 +485,11 @@ def _cast_convolutions(layers: Sequence[nn.Module], dtype: torch.dtype) -> dict[
         and not can_add(layer, layer.in_channels)
         and _norm.is_plain(layer)
     ]
-    if not convs or torch.compiler.is_compiling():  # which joins casts itself
-        return {}
     states = [(conv.weight,) if conv.bias is None else (conv.weight, conv.bias) for conv in convs]
-    casts = iter(_Cast.apply(dtype, *itertools.chain(*states)))
+    tensors = list(itertools.chain(*states))
+    if len({t.dtype for t in tensors}) != 1 or torch.compiler.is_compiling():  # torch.compile fuses casts itself
+        return {}
+    casts = iter(_Cast.apply(dtype, *tensors))
     return {conv: tuple(itertools.islice(casts, len(state))) for conv, state in zip(convs, states, strict=True)}
 
 

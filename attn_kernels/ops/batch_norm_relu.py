@@ -33,6 +33,7 @@ def statistics_kernel(
     N,
     C,
     P,
+    STAGES: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -49,7 +50,7 @@ def statistics_kernel(
     seen = tl.zeros([1], ACC)
     b_sum = tl.zeros([BLOCK_C], ACC)
     b_m2 = tl.zeros([BLOCK_C], ACC)
-    for t in tl.range(i_q, N * blocks, programs, num_stages=4):
+    for t in tl.range(i_q, N * blocks, programs, num_stages=STAGES):
         p = t % blocks * BLOCK_P
         m_p = p + tl.arange(0, BLOCK_P) < P
         b_c = load_tile(c_ptr, tl.cast(t // blocks, tl.int64), c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
@@ -107,6 +108,7 @@ def normalize_kernel(
     UPDATE: tl.constexpr,
     CUMULATIVE: tl.constexpr,
     PARTS: tl.constexpr,
+    STAGES: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -149,7 +151,7 @@ def normalize_kernel(
     add_bias = 0.0
     if add_bias_ptr is not None:
         add_bias = tl.load(add_bias_ptr).to(ACC)
-    for t in tl.range(i_q, N * blocks, programs, num_stages=4):
+    for t in tl.range(i_q, N * blocks, programs, num_stages=STAGES):
         i_n = tl.cast(t // blocks, tl.int64)
         p = t % blocks * BLOCK_P
         b_c = load_tile(c_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
@@ -191,6 +193,7 @@ def dparameters_kernel(
     N,
     C,
     P,
+    STAGES: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -210,7 +213,7 @@ def dparameters_kernel(
     b_dbias = tl.zeros([BLOCK_C], ACC)
     b_dadd = tl.zeros([BLOCK_C], ACC)
     b_dadd_bias = tl.zeros([1], ACC)
-    for t in tl.range(i_q, N * blocks, programs, num_stages=4):
+    for t in tl.range(i_q, N * blocks, programs, num_stages=STAGES):
         i_n = tl.cast(t // blocks, tl.int64)
         p = t % blocks * BLOCK_P
         b_c = load_tile(c_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
@@ -252,6 +255,7 @@ def dc_kernel(
     P,
     BATCH_STATISTICS: tl.constexpr,
     PARTS: tl.constexpr,
+    STAGES: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -282,7 +286,7 @@ def dc_kernel(
             tl.store(dadd_bias_ptr, tl.sum(b_dadd_bias, axis=0))
 
     b_mean, b_invstd, b_weight, b_bias = _load_affine(statistics_ptr, weight_ptr, bias_ptr, o_c, C, ACC, BLOCK_C)
-    for t in tl.range(i_q, N * blocks, programs, num_stages=4):
+    for t in tl.range(i_q, N * blocks, programs, num_stages=STAGES):
         i_n = tl.cast(t // blocks, tl.int64)
         p = t % blocks * BLOCK_P
         b_c = load_tile(c_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
@@ -296,6 +300,10 @@ def dc_kernel(
             b_dc -= (b_dbias[:, None] + b_normal * b_dweight[:, None]) / (N * P)
         b_dc *= b_weight * b_invstd
         store_tile(b_dc, dc_ptr, i_n, c, p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+
+
+def _options(c: Tensor, tile: config.Tile) -> dict[str, int]:
+    return {"STAGES": config.STAGES[c.element_size()], **tile_options(c, tile)}
 
 
 def _forward(
@@ -314,7 +322,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     n, channels, h, w = c.shape
     tile, programs = norm_tile(c, add_weight is not None)
-    grid, common = (config.cdiv(channels, tile.block_c), programs), tile_options(c, tile)
+    grid, common = (config.cdiv(channels, tile.block_c), programs), _options(c, tile)
     r, statistics = _empty_outputs(c, add_weight)
     parts = None
     if batch_statistics:
@@ -382,13 +390,15 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, channels, h, w = c.shape
     tile, programs = norm_tile(c, add_weight is not None)
-    grid, common = (config.cdiv(channels, tile.block_c), programs), tile_options(c, tile)
+    grid, common = (config.cdiv(channels, tile.block_c), programs), _options(c, tile)
     dr = like(dr, c) if add_weight is None else dr.contiguous()
     parameters = weight, bias, add_weight, add_bias
     dc, *gradients = _empty_gradients(dr, c, *parameters, statistics, batch_statistics)
     parts = statistics.new_empty(programs * (2 * channels if add_weight is None else 3 * channels + 1))
+    # Beside the sums over channels, tiles ahead would take one of two programs.
+    stages = common["STAGES"] if add_weight is None else 1
     dparameters_kernel[grid](
-        dr, c, weight, bias, add_weight, statistics, parts, n, channels, h * w, **common, maxnreg=128
+        dr, c, weight, bias, add_weight, statistics, parts, n, channels, h * w, **common | {"STAGES": stages}
     )
     dc_kernel[grid](
         dr,
