@@ -315,7 +315,7 @@ def _squeeze(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Te
         BLOCK_H=block_h,
         **tile_options(x, tile),
         num_stages=3 if x.element_size() == 2 and block_h * tile.block_p <= 2048 else 2,  # more spill
-        maxnreg=128,
+        maxnreg=168 if tile.num_warps == 4 else 128,
     )
     return mean.sum(1), reduced
 
