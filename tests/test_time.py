@@ -347,14 +347,15 @@ def test_a_record_keeps_the_rows_of_other_cases(tmp_path):
 
 
 def test_record_says_model_and_is_as_fast_as_claimed():
-    """ResNet-50's stages at batch 32. What is claimed is SE and CBAM at 56x56, SE at 14x14, and BAM backward."""
+    """ResNet-50's stages at batch 32 on an H100. Claimed: SE and CBAM at 56x56, SE at 14x14, BAM at 56x56."""
     with (RESULTS / "time.csv").open(newline="", encoding="utf-8") as file:
         rows = {tuple(row[name] for name in time.PLACE): row for row in csv.DictReader(file)}
     shapes = "32x256x56x56", "32x512x28x28", "32x1024x14x14", "32x2048x7x7"
-    expected = itertools.product(time.OPS, shapes, LAYOUTS, ("bf16",), ("H100",), ("0",), time.DIRECTIONS)
-    assert rows.keys() == set(expected)
+    expected = set(itertools.product(time.OPS, shapes, LAYOUTS, ("bf16",), ("H100",), ("0",), time.DIRECTIONS))
+    assert rows.keys() >= expected
     assert {row["kind"] for row in rows.values()} == {"MODEL"}
-    for place, row in rows.items():
+    for place in expected:
+        row = rows[place]
         if place[0] in ("SE", "SE+add+ReLU", "CBAM") and place[1] == shapes[0]:
             assert float(row["share"]) >= (0.55 if place[0] == "CBAM" else 0.8), place
             assert float(row["us"]) <= float(row["compile_us"]), place

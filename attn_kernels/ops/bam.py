@@ -461,7 +461,7 @@ class _Cast(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):
         needed = list(itertools.compress(gradients, ctx.needs_input_grad[1:]))
-        # Neither can be differentiated, or be under the vmap of gradients in a batch, what writes to a list of tensors.
+        # A copy to a list of tensors cannot be differentiated, nor run under the vmap of gradients in a batch.
         if torch.is_grad_enabled() or any(map(is_legacy_batchedtensor, needed)):
             casts = iter([g.to(ctx.dtype) for g in needed])
         else:
