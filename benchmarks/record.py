@@ -73,6 +73,15 @@ class Recorded:
     groups: int  # 0 where every program goes through all samples
     programs: list[Program] = field(default_factory=list)
     order: list[tuple[int, Place]] = field(default_factory=list)  # and how much further on
+    groups_of: dict[int, int] = field(default_factory=dict)  # of a program, its group; 0 where it is not here
+
+    def of_first(self, groups: int) -> list[tuple[int, Place]]:
+        """Of the order what so many groups do, without what waits for all: the weights, and who tells them to begin."""
+        return [
+            (i, place)
+            for i, place in self.order
+            if self.groups_of.get(i, 0) + place.group < groups and place.phase < LAST_HIDDEN
+        ]
 
 
 @contextmanager
@@ -196,6 +205,7 @@ class _Recorder:
                 like = Place(place.phase, group, _like(place.block, blocks), _like(place.part, parts))
             if like not in made:
                 made[like] = len(launch.programs)
+                launch.groups_of[made[like]] = like.group
                 # The next of its kind, where there is one.
                 next_ones = (
                     like._replace(group=like.group + 1),

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from benchmarks.cache import SECTOR, Cache
 from benchmarks.machine_code import ARCHITECTURES, Architecture, MachineCode
-from benchmarks.record import LAST_HIDDEN, Place, Program, Recorded, Step
+from benchmarks.record import Place, Program, Recorded, Step
 from benchmarks.sass import Line, Stretch
 
 MB = 1024**2
@@ -97,8 +97,7 @@ class Simulator:
         kernel = _Kernel(code, self.machine)
         order = recorded.order
         if groups is not None and 0 < groups < recorded.groups:
-            # Without what waits for all groups: the weights' gradients, and who tells them to begin.
-            order = [(i, place) for i, place in order if place.group < groups and place.phase < LAST_HIDDEN]
+            order = recorded.of_first(groups)
         self._set.clear()
         self._run([self._program(kernel, recorded.programs[i], place) for i, place in order], kernel.resident)
 

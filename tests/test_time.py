@@ -249,6 +249,23 @@ class TestRecorded:
 
 
 @interpreted
+@pytest.mark.parametrize("shape", [(6, 40, 24, 24), (40, 64, 7, 7)])
+def test_the_first_groups_wait_for_none_of_the_others(shape):
+    with torch.device("meta"):
+        module, x = attn_kernels.SE(shape[1]), torch.empty(shape, dtype=torch.float16, requires_grad=True)
+        dy = torch.empty(shape, dtype=torch.float16)
+    with recording(4, shape) as launches:
+        torch.autograd.grad(module(x), [x, *module.parameters()], dy)
+    launches = [launch for launch in launches if not isinstance(launch, Launch)]
+    assert max(launch.groups for launch in launches) > 2
+    for launch in launches:
+        parts = [len(launch.of_first(groups)) for groups in range(1, launch.groups)]
+        assert all(few < more for few, more in itertools.pairwise([0, *parts, len(launch.order)]))
+        for groups in range(1, launch.groups):
+            Simulator(MACHINES["H100"]).launch(launch, code(), groups)
+
+
+@interpreted
 def test_what_is_not_needed_again_is_to_be_evicted_first():
     """Of a gate's launch x for y, and y; not x for the pools, which is read again."""
     shape = (6, 40, 24, 24)
