@@ -392,14 +392,17 @@ def _place(row: dict[str, str]) -> tuple[str, ...]:
 
 
 def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
-    """The share of a copy's bandwidth by operator and shape, of the first machine, a panel a pass."""
+    """The share of a copy's bandwidth by operator and shape, of the first machine and batch, a panel a pass."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    def of(row: dict[str, str]) -> tuple[str, ...]:
+        return row["machine"], row["pessimistic"], row["shape"].partition("x")[0]
+
     first = rows[0]
-    rows = [row for row in rows if all(row[name] == first[name] for name in ("machine", "pessimistic"))]
+    rows = [row for row in rows if of(row) == of(first)]
     ops = list(dict.fromkeys(row["op"] for row in rows))
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     figure, panels = pyplot.subplots(len(DIRECTIONS), 1, figsize=(11, 7.5), sharex=True, layout="constrained")
