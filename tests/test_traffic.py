@@ -222,8 +222,8 @@ LAUNCHES = {
     "SE": ((1, 1), (0, 0)),
     "SE+add+ReLU": ((1, 1), (0, 0)),
     "CBAM": ((4, 4), (0, 1)),
-    # PyTorch's: the channel branch, convolutions, casts of their weights, sums over programs.
-    "BAM": ((8, 8), (13, 16)),
+    # PyTorch's: the channel branch, convolutions, casts (one for those of the dilated ones), sums over programs.
+    "BAM": ((8, 8), (10, 13)),
     "SimAM": ((1, 1), (0, 0)),
 }
 
