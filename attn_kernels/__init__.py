@@ -2,7 +2,7 @@
 
 from attn_kernels import functional, models
 from attn_kernels.explain import explain
-from attn_kernels.fuse import FuseReport, fuse_, register_adapter
+from attn_kernels.fuse import FuseReport, fuse_, register_adapter, unfuse_
 from attn_kernels.modules import BAM, CBAM, SE, ChannelGate, SimAM, SpatialGate
 from attn_kernels.precompile import Precompiled, precompile
 
@@ -21,6 +21,7 @@ __all__ = [
     "models",
     "precompile",
     "register_adapter",
+    "unfuse_",
 ]
 
 __version__ = "0.1.0"

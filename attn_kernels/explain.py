@@ -10,9 +10,8 @@ from torch import Tensor, nn
 import reference
 import reference.models
 from attn_kernels import functional
-from attn_kernels._fused import FusedModule
-from attn_kernels._tail import FusedBlock
 from attn_kernels.functional import why_not
+from attn_kernels.fuse.modules import FusedBlock, FusedModule
 from attn_kernels.modules import BAM, CBAM, SE, ChannelGate, SimAM, SpatialGate
 from attn_kernels.ops._library import is_dense, layout
 from reference._common import check_input
@@ -110,5 +109,5 @@ def _reasons_within(module: FusedModule | FusedBlock, x: Tensor) -> list[str]:
     """What the functional form that a module enters has to say, or the modules that a block calls."""
     if isinstance(module, FusedModule):
         return why_not(module._plan.nchw(x), (), module._plan.norm(module))
-    names = filter(None, module._tail.gates)
+    names = [".".join(path) for path in module._fusion.tails]
     return [f"{name}: {reason}" for name in names for reason in _reasons(module.get_submodule(name), x, None)]

@@ -104,6 +104,11 @@ def why_not(x: Tensor, others: Sequence[Tensor | None] = (), norm: object = None
     return reasons
 
 
+def devices() -> tuple[str, ...]:
+    """The types of devices that the kernels run on; none where there is no Triton."""
+    return _DEVICES
+
+
 def _is_recorded(x: Tensor) -> bool:
     """Whether what a call on x would launch is being recorded (``attn_kernels.precompile``): x has no data then."""
     is_ours = _launch.recorded_thread > 0 and _launch.recorded_thread == get_ident()

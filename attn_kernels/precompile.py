@@ -123,9 +123,9 @@ def _check(model: object, input_shape: object, capability: object, jobs: object)
 
 def _why_not() -> str:
     """Why nothing can be compiled, whatever the model."""
-    if not functional._DEVICES:
+    if not functional.devices():
         return functional._NO_DEVICE
-    if "cpu" in functional._DEVICES:
+    if "cpu" in functional.devices():
         return "TRITON_INTERPRET is set, and an interpreter compiles nothing"
     return ""
 

@@ -1,0 +1,328 @@
+"""``fuse_``: fused attention in a model that is there already, in place and undone at will."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+import reference
+import reference.models
+from attn_kernels import functional
+from attn_kernels.fuse import check, formulas
+from attn_kernels.fuse.adapters import plan_for
+from attn_kernels.fuse.blocks import find
+from attn_kernels.fuse.guards import Guard, Path
+from attn_kernels.fuse.modules import (
+    OF_REFERENCE,
+    OURS,
+    Fused,
+    FusedModule,
+    FusedReference,
+    block_class,
+    module_class,
+    reference_class,
+    seen_as,
+    subclass,
+)
+from attn_kernels.fuse.plans import Plan
+from attn_kernels.fuse.recognise import NoFormula
+from attn_kernels.fuse.report import FuseReport, Row, Swap
+from attn_kernels.fuse.terms import Refused
+from attn_kernels.ops._library import PLAIN_TENSORS
+from reference._common import DTYPES
+
+Filter = Callable[[nn.Module, str], bool]
+
+TAIL = "add + ReLU"
+_KINDS = {"ChannelGate": "CBAM, channel gate", "SpatialGate": "CBAM, spatial gate"}
+# Names that people give to attention of channels or pixels; not those of transformers.
+_NAMES = re.compile(
+    r"^(SE|Se|se)(?![a-z])|SqueezeE|Squeeze_?(And_?)?Excit|scse|cse|sse|ESE|EffectiveSE|CBAM|Cbam|^BAM|Bam|SimAM|simam"
+    r"|(E|Ce|Ec)ca(Module|Layer|Block)?$|ECA|(Channel|Spatial|Coord)\w*(Att|Gate|SE)|GlobalContext|GatherExcite|GCBlock",
+)
+_NOT_FOUND = (
+    "Nothing to fuse was found: looked for SE, ECA, CBAM, BAM and SimAM, in modules and in blocks, by what each forward"
+    " computes. register_adapter teaches fuse_ a module whose source it cannot read."
+)
+
+
+def fuse_(model: nn.Module, filter_fn: Filter | None = None, *, exact_ties: bool = True) -> FuseReport:
+    """Replace the attention inside ``model``, in place, by fused modules that share all of its state.
+
+    Attention is recognised by what it computes: ``fuse_`` reads the source of each module's forward and compares the
+    formula with those of the kernels, whatever the names of classes and layers. What it does not understand whole, it
+    leaves, with the reason in the report. Each module that it would replace is run beside the formula first, on random
+    numbers: outputs, gradients and buffers, in training and in evaluation. Where a residual block ends in
+    ``relu(attention(x) + shortcut)``, that is one call, too, and so is a gate whose layers stand on the block itself.
+
+    A fused module is an instance of a subclass of the original's class and shares its ``__dict__``: parameters,
+    buffers, children, hooks and state_dict are the same objects. Before each call it looks whether anything that the
+    formula depends on has changed: options, hooks on its layers, other layers or functions in their place. Then, on the
+    CPU, in export, under fx and ``torch.func``, and on tensor subclasses, it runs the original's forward. What differs
+    from the original: under autocast the output has x's dtype and gates are computed in float32; the lp pool's gradient
+    on a plane of zeros is 0, not NaN.
+
+    Args:
+        model: on any device, the meta device included; it may not be an attention module itself.
+        filter_fn: called with each module that would be fused and its qualified name; those for which it returns False
+            are left.
+        exact_ties: of equal maxima the kernels give the gradient to the first, as ``max_pool2d`` and ``max`` do, where
+            ``amax`` shares it out. A module that pools by ``amax`` therefore runs its own forward where a gradient is
+            asked for; with False it is fused there, too.
+
+    Returns:
+        A report of each module, whose ``restore()`` undoes the replacement; so does :func:`unfuse_`.
+
+    Raises:
+        TypeError: ``model`` is no module, or ``filter_fn`` is not callable.
+        ValueError: ``model`` is an attention module: there is nothing to replace it in.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn: expected a function of a module and its name, got {type(filter_fn).__name__}")
+    if not isinstance(exact_ties, bool):
+        raise TypeError(f"exact_ties: expected a bool, got {type(exact_ties).__name__}")
+    fuser = _Fuser(filter_fn, exact_ties)
+    if fuser.is_attention(model):
+        raise ValueError(
+            f"model: expected a module that holds attention modules, got one itself, {type(model).__name__}; "
+            "wrap it: fuse_(nn.Sequential(module))"
+        )
+    fuser.visit(model, "")
+    for parent, name, _, fused in fuser.swaps:  # nothing has been changed before
+        parent._modules[name] = fused
+    return FuseReport(fuser.rows, fuser.swaps, _notes(model, fuser.rows))
+
+
+def unfuse_(model: nn.Module) -> nn.Module:
+    """Put the original classes back wherever ``fuse_`` has replaced one, without its report; returns ``model``.
+
+    The objects are new, their state is the same. A copy or an unpickled model is undone like the one that was fused.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    originals: dict[nn.Module, nn.Module] = {}
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if isinstance(child, Fused | FusedReference | _FusedSEBlock):
+                if child not in originals:
+                    originals[child] = seen_as(child, child._original)
+                parent._modules[name] = originals[child]
+    return model
+
+
+def _notes(model: nn.Module, rows: list[Row]) -> list[str]:
+    if not rows:
+        return [_NOT_FOUND]
+    notes = []
+    if any(not row.fused and row.reason not in ("already fused", "filter_fn") for row in rows):
+        notes.append("What is left runs as before; register_adapter teaches fuse_ a module that it cannot read.")
+    devices = {t.device.type for t in model.parameters()}
+    if devices and any(row.fused for row in rows) and not devices & {"meta", *functional.devices()}:
+        notes.append(f"The model is on {', '.join(sorted(devices))}, where plain PyTorch runs, fused or not.")
+    return notes
+
+
+class _Outcome(NamedTuple):
+    """What becomes of one module: its twin, or none, and its row."""
+
+    twin: nn.Module | None
+    row: Row
+
+
+class _Fuser:
+    """One run over a model, which it does not change."""
+
+    def __init__(self, filter_fn: Filter | None, exact_ties: bool):
+        self.filter_fn = filter_fn
+        self.exact_ties = exact_ties
+        self.rows: list[Row] = []
+        self.swaps: list[Swap] = []
+        self.outcomes: dict[nn.Module, _Outcome | None] = {}
+        self.blocks: dict[nn.Module, tuple[nn.Module, dict[Path, type[nn.Module]]]] = {}
+        self.checked: dict[tuple[Plan, Guard], str] = {}
+
+    def is_attention(self, module: nn.Module) -> bool:
+        """Whether a module as a whole is attention, fused or known."""
+        outcome = None if _is_container(module) else self.outcome(module, "")
+        return outcome is not None and (outcome.twin is not None or outcome.row.reason == "already fused")
+
+    def visit(self, parent: nn.Module, prefix: str) -> dict[Path, type[nn.Module]]:
+        """Find what is to be replaced below ``parent``; the attention modules there that are or will be fused."""
+        attention: dict[Path, type[nn.Module]] = {}
+        for name, child in parent._modules.items():
+            if child is None or isinstance(child, torch.jit.ScriptModule):
+                continue
+            outcome = None if _is_container(child) else self.outcome(child, prefix + name)
+            twin = None if outcome is None else outcome.twin
+            if outcome is not None and (twin is not None or isinstance(child, (Fused, *OURS))):
+                self.rows.append(outcome.row._replace(name=prefix + name))
+                if isinstance(twin or child, (FusedModule, *OURS)):
+                    attention[(name,)] = type(twin or child)
+            else:
+                twin = self.descend(child, prefix + name, outcome)
+                inner = self.blocks[child][1]
+                attention |= {(name, *path): cls for path, cls in inner.items()}
+            if twin is not None and twin is not child:
+                self.swaps.append((parent, name, child, twin))
+        return attention
+
+    def descend(self, child: nn.Module, name: str, outcome: _Outcome | None) -> nn.Module:
+        """The twin of a module that is no known attention, what is below it replaced; or the module itself."""
+        if child not in self.blocks:
+            self.blocks[child] = child, {}
+            at = len(self.rows)
+            inner = self.visit(child, f"{name}.")
+            if outcome is not None and not any(row.fused for row in self.rows[at:]):
+                self.rows.insert(at, outcome.row._replace(name=name))
+            self.blocks[child] = self.fuse_block(child, name, inner), inner
+        return self.blocks[child][0]
+
+    # ---- attention modules
+
+    def outcome(self, module: nn.Module, name: str) -> _Outcome | None:
+        """What becomes of a module if it is attention; None where it does not even look like it."""
+        if module not in self.outcomes:
+            self.outcomes[module] = self._outcome(module, name)
+        return self.outcomes[module]
+
+    def _outcome(self, module: nn.Module, name: str) -> _Outcome | None:
+        cls = type(module)
+        row = Row(name, cls.__name__, cls.__name__, False)
+        if isinstance(module, (Fused, *OURS)):
+            fused_block = isinstance(module, Fused) and not isinstance(module, FusedModule)
+            if fused_block and not module._fusion.plans:
+                return None
+            return _Outcome(None, row._replace(reason="already fused"))
+        try:
+            if cls in OF_REFERENCE:
+                row = row._replace(kind=_KINDS.get(cls.__name__, cls.__name__))
+                fused = self._accepted(module, name) and reference_class(cls)
+            elif _takes_se(module, functional.se):
+                return _Outcome(None, row._replace(kind="SE", reason="already fused"))
+            elif _takes_se(module, reference.se):
+                row = row._replace(kind="SE", tail=TAIL)
+                fused = self._accepted(module, name) and _se_block_class(cls)
+            else:
+                found = plan_for(module)
+                row = row._replace(kind=found.plan.kind)
+                self._accepted(module, name)
+                fused = module_class(cls, self.checked_plan(module, found.plan, found.guard), found.guard)
+        except Refused as reason:
+            known = row.kind != cls.__name__ or cls in OF_REFERENCE
+            if not known and not _looks_like_attention(module, reason):
+                return None
+            return _Outcome(None, row._replace(tail="", reason=str(reason)))
+        return _Outcome(seen_as(module, fused), row._replace(fused=True))
+
+    def _accepted(self, module: nn.Module, name: str) -> bool:
+        if self.filter_fn is not None and not self.filter_fn(module, name):
+            raise Refused("filter_fn")
+        if "forward" in vars(module):
+            raise Refused("has another forward on the instance than its class's")
+        return True
+
+    def checked_plan(self, module: nn.Module, plan: Plan, guard: Guard) -> Plan:
+        """The plan, once the module was seen to agree with it.
+
+        Raises:
+            Refused: it does not, or has parameters that kernels cannot read.
+        """
+        for t in plan.tensors(module):
+            if t is not None and (type(t) not in PLAIN_TENSORS or t.dtype not in DTYPES):
+                raise Refused(f"has a parameter that is a {type(t).__name__} of {t.dtype}")
+        # A guard stands for everything that the plan was found to depend on.
+        key = plan, guard
+        if key not in self.checked:
+            self.checked[key] = check.disagreement(module, plan)
+        if self.checked[key]:
+            raise Refused(self.checked[key])
+        return plan if self.exact_ties else replace(plan, ties=False)
+
+    # ---- blocks
+
+    def fuse_block(self, block: nn.Module, name: str, attention: dict[Path, type[nn.Module]]) -> nn.Module:
+        """The twin of a block with its attention fused, or the block itself; its rows say so."""
+        names = {".".join((name, *path)) for path in attention}
+        names &= {row.name for row in self.rows if row.fused}
+        if _is_container(block) or isinstance(block, Fused) or not (names or _may_have_a_gate(block)):
+            return block
+        if isinstance(block, reference.models._Block):  # which hands its tail to the module
+            self._note(names, tail=TAIL if block.attention == "cbam" else "")
+            return block
+        try:
+            if "forward" in vars(block):
+                raise Refused("its block has another forward on the instance than its class's")
+            fusion = find(block, attention)
+        except Refused as reason:
+            self._note(names, reason=f"tail not fused: its block {reason}")
+            return block
+        if fusion is None:
+            return block
+        cls = type(block).__name__
+        for plan, tail in fusion.plans:
+            row = Row(name, cls, plan.kind, False)
+            if self.filter_fn is not None and not self.filter_fn(block, name):
+                self.rows.append(row._replace(reason="filter_fn"))
+                return block
+            self.rows.append(row._replace(fused=True, tail=TAIL if tail else ""))
+        self._note({".".join((name, *path)) for path in fusion.tails}, tail=TAIL)
+        return seen_as(block, block_class(type(block), fusion))
+
+    def _note(self, names: set[str], **changes: str) -> None:
+        self.rows = [row._replace(**changes) if row.name in names else row for row in self.rows]
+
+
+def _is_container(module: nn.Module) -> bool:
+    """Whether a module is one of PyTorch's own, in which attention is looked for, but which is none."""
+    return type(module).__module__.split(".")[0] == "torch"
+
+
+def _looks_like_attention(module: nn.Module, reason: Refused) -> bool:
+    """Whether people would call a module attention, by its name or by what it computes."""
+    if _NAMES.search(type(module).__name__):
+        return True
+    return isinstance(reason, NoFormula) and formulas.looks_like_attention(reason.term)
+
+
+def _may_have_a_gate(block: nn.Module) -> bool:
+    """Whether a block's own forward pools or takes a sigmoid, as one that holds the layers of a gate does."""
+    code = getattr(type(block).forward, "__code__", None)
+    names = {*(code.co_names if code is not None else ()), *block._modules}
+    kinds = {type(m) for m in block._modules.values()}
+    pools = {nn.AdaptiveAvgPool2d, nn.AvgPool2d} & kinds or any("pool" in n or n == "mean" for n in names)
+    gates = {nn.Sigmoid, nn.Hardsigmoid} & kinds or any("sigmoid" in n for n in names)
+    return bool(pools and gates)
+
+
+def _takes_se(block: nn.Module, se: Callable) -> bool:
+    """Whether it is a block of ``reference.models`` that computes SE by this function."""
+    return isinstance(block, reference.models._Block) and block.attention == "se" and block.se is se
+
+
+class _FusedSEBlock:
+    """A block of ``reference.models`` on which SE's layers stand, by the fused function."""
+
+    _original: type[nn.Module]
+    se = property(lambda self: functional.se)
+
+    def __reduce_ex__(self, protocol):
+        return _rebuild_se_block, (self._original,), self.__dict__
+
+
+def _se_block_class(original: type[nn.Module]) -> type[nn.Module]:
+    return subclass(original, _FusedSEBlock)
+
+
+def _rebuild_se_block(original: type[nn.Module]) -> nn.Module:
+    cls = _se_block_class(original)
+    return cls.__new__(cls)

@@ -1,0 +1,206 @@
+"""The classes of fused modules and blocks: made of the class of the original, whose ``__dict__`` the instance shares.
+
+So both are one module seen through two classes: the same Parameter, buffer, child and hook dictionaries, ``training``
+and whatever else is set on either. Before each fused call the guard looks whether the module is still what it was.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from dataclasses import replace
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+import reference
+from attn_kernels import functional, modules
+from attn_kernels.fuse.adapters import plan_for
+from attn_kernels.fuse.blocks import Fusion, find
+from attn_kernels.fuse.guards import Guard, Path
+from attn_kernels.fuse.plans import Plan
+from attn_kernels.fuse.terms import Refused
+from attn_kernels.ops._library import PLAIN_TENSORS
+from reference._common import DTYPES
+
+OURS = tuple(getattr(modules, name) for name in ("SE", "ChannelGate", "SpatialGate", "CBAM", "BAM", "SimAM"))
+OF_REFERENCE = {getattr(reference, cls.__name__): cls for cls in OURS}
+_warned: WeakSet[nn.Module] = WeakSet()
+
+
+class Fused:
+    """What fused modules and blocks share."""
+
+    _guard: Guard
+    _original: type[nn.Module]
+
+    def is_fused(self, x: object) -> bool:
+        """Whether a call on ``x`` takes the fused path."""
+        if not takes(x) or functional.why_not(x) or global_hooks():
+            return False
+        if self._guard.changed(self):
+            self._warn()
+            return False
+        return True
+
+    def why_not(self, x: object) -> list[str]:
+        """Why a call on ``x`` does not take the fused path; empty where it does."""
+        if type(x) not in PLAIN_TENSORS:
+            return [f"x is a {type(x).__name__}, and the kernels read plain tensors"]
+        if not takes(x):
+            return [f"x is a tensor of {x.dtype} with {x.dim()} dimensions"]
+        return functional.why_not(x) + global_hooks() + self._guard.changes(self)
+
+    def _warn(self) -> None:
+        """Say once that a module runs its own forward, and why."""
+        if not torch.compiler.is_compiling() and self not in _warned:
+            _warned.add(self)
+            changes = "; ".join(self._guard.changes(self)) or "something that it depends on was set"
+            name = self._original.__name__
+            warnings.warn(f"a fused {name} runs its own forward: {changes}", RuntimeWarning, stacklevel=4)
+
+    def __reduce_ex__(self, protocol):
+        plan = getattr(self, "_plan", None)
+        return _rebuild, (self._original, plan is None, plan is None or plan.ties), state_of(self)
+
+    def __prepare_scriptable__(self):
+        return seen_as(self, self._original)
+
+
+def takes(x: object) -> bool:
+    """Whether ``x`` is a plain tensor of (N, C, H, W) in a dtype of the kernels."""
+    return type(x) in PLAIN_TENSORS and x.dim() == 4 and x.dtype in DTYPES
+
+
+def global_hooks() -> list[str]:
+    """That there are hooks on every module, if so: they would miss the calls that a fused one bypasses."""
+    known = nn.modules.module  # its function is private: a PyTorch without it cannot be asked
+    return ["hooks on every module"] if hasattr(known, "_has_any_global_hook") and known._has_any_global_hook() else []
+
+
+class FusedModule(Fused):
+    """An attention module computed by its class's plan, or by its own forward where the plan does not apply."""
+
+    _plan: Plan
+
+    def forward(self, *args, **kwargs):
+        if len(args) == 1 and not kwargs and self.is_fused(args[0]):
+            return self._plan.compute(self, args[0], None, None, functional)
+        return super().forward(*args, **kwargs)
+
+    def is_fused(self, x):
+        return super().is_fused(x) and not self._plan.why_not(self, x)
+
+    def why_not(self, x):
+        return super().why_not(x) or self._plan.why_not(self, x)
+
+    def fused_add_relu(self, x: Tensor, residual: Tensor) -> Tensor | None:
+        """``relu(self(x) + residual)``; None where the fused path does not apply."""
+        return self._plan.compute(self, x, residual, "relu", functional) if self.is_fused(x) else None
+
+
+class FusedBlock(Fused):
+    """A block whose attention is fused with the add and ReLU behind it, or stands on the block itself."""
+
+    _fusion: Fusion
+
+    def forward(self, *args, **kwargs):
+        if len(args) == 1 and not kwargs and self.is_fused(args[0]):
+            return self._fusion.forward(self, args[0])
+        return super().forward(*args, **kwargs)
+
+    def why_not(self, x):
+        reasons = super().why_not(x)
+        return reasons or [reason for plan, _ in self._fusion.plans for reason in plan.why_not(self, x)]
+
+
+class FusedReference:
+    """A module of ``reference`` computed by the class of ``attn_kernels`` that is its subclass."""
+
+    _original: type[nn.Module]
+
+    def __reduce_ex__(self, protocol):
+        return _rebuild_reference, (self._original,), state_of(self)
+
+
+def state_of(module: nn.Module) -> dict:
+    """What pickle would store."""
+    return module.__getstate__() if hasattr(module, "__getstate__") else module.__dict__
+
+
+@functools.lru_cache(maxsize=None)
+def module_class(original: type[nn.Module], plan: Plan, guard: Guard) -> type[nn.Module]:
+    """The subclass of ``original`` that computes by ``plan``: one for all modules that are alike."""
+    return subclass(original, FusedModule, _plan=plan, _guard=guard)
+
+
+def block_class(original: type[nn.Module], fusion: Fusion) -> type[nn.Module]:
+    """The subclass of ``original`` with this forward."""
+    return subclass(original, FusedBlock, _fusion=fusion, _guard=fusion.guard)
+
+
+@functools.lru_cache(maxsize=None)
+def reference_class(original: type[nn.Module]) -> type[nn.Module]:
+    """The class for a module of ``reference``."""
+    cls = subclass(OF_REFERENCE[original], FusedReference)
+    cls._original = original
+    return cls
+
+
+def subclass(original: type[nn.Module], mixin: type, **members: object) -> type[nn.Module]:
+    """A class that is both ``mixin`` and ``original``, and looks like the latter."""
+    looks = {"__module__": original.__module__, "__doc__": original.__doc__, "_original": original}
+    return type(f"Fused{original.__name__}", (mixin, original), {**looks, **members})
+
+
+def seen_as(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
+    """An instance of ``cls`` that shares everything with ``module``."""
+    twin = cls.__new__(cls)
+    twin.__dict__ = module.__dict__
+    return twin
+
+
+def attention_in(block: nn.Module) -> dict[Path, type[nn.Module]]:
+    """The attention modules inside a block that are fused, by their paths."""
+    return {
+        tuple(name.split(".")): type(m) for name, m in block.named_modules() if name and isinstance(m, (FusedModule, *OURS))
+    }
+
+
+class _Unpickled:
+    """A module between its making and its state, by which it is recognised anew: guards do not travel."""
+
+    _original: type[nn.Module]
+    _is_block: bool
+    _ties: bool
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        original, is_block, ties = self._original, self._is_block, self._ties
+        self.__class__ = original
+        try:
+            self.__class__ = _block_again(self) if is_block else _module_again(self, ties)
+        except Refused as reason:
+            warnings.warn(f"a {original.__name__} is fused no longer: it {reason}", RuntimeWarning, stacklevel=2)
+
+
+def _block_again(block: nn.Module) -> type[nn.Module]:
+    fusion = find(block, attention_in(block))
+    return type(block) if fusion is None else block_class(type(block), fusion)
+
+
+def _module_again(module: nn.Module, ties: bool) -> type[nn.Module]:
+    found = plan_for(module)
+    plan = replace(found.plan, ties=found.plan.ties and ties)
+    return module_class(type(module), plan, found.guard)
+
+
+def _rebuild(original: type[nn.Module], is_block: bool, ties: bool) -> nn.Module:
+    cls = subclass(original, _Unpickled, _is_block=is_block, _ties=ties)
+    return cls.__new__(cls)
+
+
+def _rebuild_reference(original: type[nn.Module]) -> nn.Module:
+    cls = reference_class(original)
+    return cls.__new__(cls)
