@@ -70,14 +70,9 @@ def why_not(x: Tensor, others: Sequence[Tensor | None] = (), norm: object = None
         others: the residual and the parameters that the kernels would read.
         norm: the spatial gate's, where there is one.
     """
-    # Nothing is asked about shapes here: what is asked becomes a condition of the exported program.
-    if _is_exporting() or torch.jit.is_tracing():
-        return ["torch.export, ONNX export and torch.jit.trace record plain operators"]
-    reasons = []
-    if not _DEVICES:
-        reasons.append(_NO_DEVICE)
-    elif x.device.type not in _DEVICES and not _is_recorded(x):
-        reasons.append(f"x is on {x.device.type}, and the kernels run on {' and '.join(_DEVICES)}")
+    reasons = why_not_here(x)
+    if reasons and _records_plain_operators():
+        return reasons
     n, c, h, w = x.shape
     if n == 0:
         reasons.append("x has no element")
@@ -102,6 +97,22 @@ def why_not(x: Tensor, others: Sequence[Tensor | None] = (), norm: object = None
         elif not is_plain(norm):
             reasons.append("a parameter or buffer of the norm is no plain tensor")
     return reasons
+
+
+def why_not_here(x: Tensor) -> list[str]:
+    """Why no call takes the fused path on x's device, or while a program is recorded; empty where calls may."""
+    # Nothing is asked about shapes here: what is asked becomes a condition of the exported program.
+    if _records_plain_operators():
+        return ["torch.export, ONNX export and torch.jit.trace record plain operators"]
+    if not _DEVICES:
+        return [_NO_DEVICE]
+    if x.device.type not in _DEVICES and not _is_recorded(x):
+        return [f"x is on {x.device.type}, and the kernels run on {' and '.join(_DEVICES)}"]
+    return []
+
+
+def _records_plain_operators() -> bool:
+    return _is_exporting() or torch.jit.is_tracing()
 
 
 def devices() -> tuple[str, ...]:

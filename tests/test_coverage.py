@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from attn_kernels._adapters import ADAPTERS
+from attn_kernels.fuse.adapters import ADAPTERS
 from benchmarks.__main__ import main
 from benchmarks.coverage import RESULTS, configuration
-from tests.test_fuse import BUILD
+from tests.fuse.cases import BUILD
 
 
 def read(path: Path) -> list[dict[str, str]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from attn_kernels._adapters import ADAPTERS
+from attn_kernels.fuse.adapters import ADAPTERS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
@@ -24,7 +24,7 @@ def test_links(path):
 
 @pytest.mark.parametrize("path", WITH_CODE, ids=_name)
 def test_code(path, monkeypatch):
-    monkeypatch.setattr("attn_kernels._adapters.ADAPTERS", dict(ADAPTERS))
+    monkeypatch.setattr("attn_kernels.fuse.adapters.ADAPTERS", dict(ADAPTERS))
     names = {}
     for code in re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL):
         exec(compile(code, path.name, "exec"), names)

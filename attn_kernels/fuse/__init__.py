@@ -1,9 +1,13 @@
 """Fused attention in models that people already have: ``fuse_``.
 
-The data flow one way, from file to file: ``source`` and ``interpret`` read a module's forward into ``terms``, by way of
-``operations`` and ``layers``; ``formulas`` finds what kernels compute that, a plan of ``plans``; ``guards`` notices later
-changes; ``recognise`` joins these for a module, ``blocks`` for a residual block; ``check`` runs a plan beside its module;
-``modules`` has the classes that are put in place; ``fuse`` walks through the model and writes the ``report``.
+The data flow one way:
+
+- ``source``, ``frame`` and ``interpret`` read a module's forward into ``terms``, by way of ``operations`` and
+  ``layers``; ``guards`` notices later changes of what was read.
+- ``formulas`` finds which terms the kernels compute, and the plan, of ``plans``, by which they do; ``evaluate``
+  computes any other gate. ``recognise`` joins these for a module, ``blocks`` and ``rewrite`` for a residual block.
+- ``check`` runs a plan beside its module, ``adapters`` has the plans that users register, ``modules`` the classes that
+  are put in place; ``fuse`` walks through the model and writes the ``report``.
 """
 
 from attn_kernels.fuse.adapters import Unsupported, register_adapter

@@ -7,6 +7,7 @@ the module holds, since nobody has read what its forward depends on.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import FunctionType
 
 from torch import nn
@@ -44,7 +45,7 @@ def register_adapter(name: str, adapter: Adapter | None = None):
     return adapter
 
 
-def plan_for(module: nn.Module) -> Recognised | None:
+def plan_for(module: nn.Module) -> Recognised:
     """What the kernels compute in place of ``module``, by its adapter or its source.
 
     Raises:
@@ -52,7 +53,9 @@ def plan_for(module: nn.Module) -> Recognised | None:
     """
     adapter = ADAPTERS.get(type(module).__name__)
     plan = None if adapter is None else adapter(module)
-    return recognise(module) if plan is None else Recognised(plan, everything(module))
+    if plan is None:
+        return recognise(module)
+    return Recognised(replace(plan, channels=plan.width(module)), everything(module))
 
 
 def everything(module: nn.Module) -> Guard:

@@ -13,37 +13,33 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from attn_kernels import functional
 from attn_kernels.fuse import formulas, layers
 from attn_kernels.fuse import operations as ops
-from attn_kernels.fuse.evaluate import layer_at
-from attn_kernels.fuse.guards import Child, Guard, Path, Reads, is_constant
-from attn_kernels.fuse.interpret import TRAINING, Bound, Interpreter, Method
+from attn_kernels.fuse.guards import Child, Path, Reads, is_constant
+from attn_kernels.fuse.interpret import Bound, Interpreter, Method
 from attn_kernels.fuse.plans import Plan
 from attn_kernels.fuse.terms import Refused, Size, Term, Value, X
-from attn_kernels.ops._library import PLAIN_TENSORS
 
 # What is called as it is where its result is not understood: it writes nothing but, by its name, its first argument.
-VERBATIM_METHODS = frozenset(
-    "add add_ mul mul_ sub sub_ div div_ relu relu_ sigmoid sigmoid_ tanh contiguous clone detach float half bfloat16 "
-    "double type_as view reshape flatten permute transpose mean sum unsqueeze squeeze clamp clamp_ softmax".split()
-)
+_METHODS = """
+    add add_ mul mul_ sub sub_ div div_ relu relu_ sigmoid sigmoid_ tanh clamp clamp_ softmax mean sum clone detach
+    float half bfloat16 double type_as contiguous view reshape flatten permute transpose unsqueeze squeeze
+"""
+VERBATIM_METHODS = frozenset(_METHODS.split())
 VERBATIM_FUNCTIONS = {
     *(torch.add, torch.mul, torch.sub, torch.cat, torch.relu, torch.relu_, torch.sigmoid, torch.tanh, torch.flatten),
     *(F.relu, F.relu_, F.relu6, F.silu, F.gelu, F.leaky_relu, F.elu, F.hardswish, F.hardsigmoid, F.mish, F.softmax),
     *(F.avg_pool2d, F.max_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.interpolate, F.pad),
     *(F.dropout, F.dropout2d),
 }
-_RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, Method("relu"), Method("relu_")}
-_ADDS = {"add", torch.add, Method("add"), Method("add_"), "iadd"}
-_IN_PLACE_ADDS = {Method("add_"), "iadd"}
 _PRODUCTS = {"mul", torch.mul, Method("mul")}
-# Layers whose result is new memory; those that write to nothing else; those that keep (N, C, H, W).
-_FRESH = (nn.Conv2d, nn.BatchNorm2d)
-_HARMLESS = (*_FRESH, nn.Identity, nn.AvgPool2d, nn.MaxPool2d, nn.Sequential)
-_KEEP_RANK = (*_FRESH, nn.Identity, nn.AvgPool2d, nn.MaxPool2d, nn.ReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Dropout)
+# Layers that keep (N, C, H, W).
+_KEEP_RANK = (
+    *(nn.Conv2d, nn.BatchNorm2d, nn.Identity, nn.AvgPool2d, nn.MaxPool2d, nn.Dropout),
+    *(nn.ReLU, nn.SiLU, nn.GELU, nn.Hardswish),
+)
 
 
 @dataclass
@@ -60,16 +56,16 @@ class Step:
     result: Value | None = None
 
     def operands(self) -> list[Value]:
-        return _values((*self.args, *self.kwargs.values()))
+        return tensors_in((*self.args, *self.kwargs.values()))
 
 
-def _values(items: tuple | list) -> list[Value]:
+def tensors_in(items: tuple | list) -> list[Value]:
     found = []
     for item in items:
         if isinstance(item, Value):
             found.append(item)
         elif isinstance(item, tuple | list):
-            found += _values(item)
+            found += tensors_in(item)
     return found
 
 
@@ -82,18 +78,6 @@ class Attention(NamedTuple):
     child: Path | None = None
     """The path of an attention module; None where the layers stand on the block."""
     plan: Plan | None = None
-
-
-class Fusion(NamedTuple):
-    """A block's forward in which attention is fused."""
-
-    forward: Callable[[nn.Module, Tensor], Tensor]
-    guard: Guard
-    tails: tuple[Path, ...]
-    """The attention modules that are one call with the add and ReLU behind them."""
-    plans: tuple[tuple[Plan, bool], ...]
-    """Of attention whose layers stand on the block; and whether its add and ReLU are fused, too."""
-    source: str
 
 
 class BlockInterpreter(Interpreter):
@@ -180,7 +164,7 @@ class BlockInterpreter(Interpreter):
 
     def call(self, function: object, args: tuple, kwargs: dict):
         inner = function.function if isinstance(function, Bound) else function
-        verbatim = isinstance(inner, Method) or _in(inner, VERBATIM_FUNCTIONS)
+        verbatim = isinstance(inner, Method) or is_in(inner, VERBATIM_FUNCTIONS)
         if self._recording and verbatim and not isinstance(function, Child):
             self.alive(*args, *kwargs.values())
             owner = (function.owner,) if isinstance(function, Bound) else ()
@@ -188,7 +172,7 @@ class BlockInterpreter(Interpreter):
         return super().call(function, args, kwargs)
 
     def call_operation(self, function: object, args: tuple, kwargs: dict):
-        if not self._recording or not _values((*args, *kwargs.values())) or _in(function, ops.BUILTINS.values()):
+        if not self._recording or not tensors_in((*args, *kwargs.values())) or is_in(function, ops.BUILTINS.values()):
             return super().call_operation(function, args, kwargs)
         if isinstance(function, Method) and function.name in ("size", "dim", "ndimension"):
             return super().call_operation(function, args, kwargs)
@@ -197,7 +181,7 @@ class BlockInterpreter(Interpreter):
         try:
             result = super().call_operation(function, args, kwargs)
         except (Refused, KeyError):
-            known = name in VERBATIM_METHODS if isinstance(function, Method) else _in(function, VERBATIM_FUNCTIONS)
+            known = name in VERBATIM_METHODS if isinstance(function, Method) else is_in(function, VERBATIM_FUNCTIONS)
             if not known or any(type(a) is bool for a in args):  # a bool may be an inplace
                 raise
             result = self.opaque(False)
@@ -240,7 +224,7 @@ class BlockInterpreter(Interpreter):
     def _product(self, result):
         """The result of a step, once it was looked at as ``x * gate``."""
         step = self.steps[-1]
-        if isinstance(result, Value) and _in(step.target, _PRODUCTS):
+        if isinstance(result, Value) and is_in(step.target, _PRODUCTS):
             candidates = [v for v in step.args if isinstance(v, Value) and v.step is not None]
             inner = [a.x for v in candidates for a in self.found if a.last == v.step and a.child is None]
             for x in (*inner, *candidates):
@@ -279,7 +263,7 @@ class BlockInterpreter(Interpreter):
                     return None
                 found.add(at)
                 todo += [v.step for v in self.steps[at].operands()]
-                todo += [int(s[1:]) for s in _size_symbols(self.steps[at].args) if int(s[1:]) > x]
+                todo += [int(s[1:]) for s in size_symbols(self.steps[at].args) if int(s[1:]) > x]
         return found if found == set(range(min(found), last + 1)) else None
 
 
@@ -293,7 +277,7 @@ def _symbols(at: int) -> list[Size]:
     return [Size(1, (f"{letter}{at}",)) for letter in "NCHW"]
 
 
-def _in(function: object, known) -> bool:
+def is_in(function: object, known) -> bool:
     try:
         return function in known
     except TypeError:
@@ -306,10 +290,10 @@ def _is_passable(value: object) -> bool:
     return isinstance(value, Value | Size) or is_constant(value)
 
 
-def _size_symbols(items: object) -> list[str]:
+def size_symbols(items: object) -> list[str]:
     if isinstance(items, Size):
         return list(items.symbols)
-    return [s for item in items for s in _size_symbols(item)] if isinstance(items, tuple | list) else []
+    return [s for item in items for s in size_symbols(item)] if isinstance(items, tuple | list) else []
 
 
 def _renamed(term: Term, names: dict[str, str]) -> Term:
@@ -321,310 +305,3 @@ def _renamed(term: Term, names: dict[str, str]) -> Term:
             if renamed != symbols:
                 term = term.replace(part, Term("size", factor, renamed))
     return term
-
-
-# ---- from steps to a function
-
-
-def find(block: nn.Module, attention: dict[Path, type[nn.Module]]) -> Fusion | None:
-    """The forward of ``block`` with its attention fused; None where there is nothing to fuse beyond the modules.
-
-    Args:
-        attention: the paths of the attention modules inside, and the classes that they are of once they are fused.
-
-    Raises:
-        Refused: its forward is not understood, or something stands between attention, add and ReLU.
-    """
-    run = BlockInterpreter(block, attention)
-    try:
-        result = run.call_module(run.root, (run.input,), {})
-    except RecursionError:
-        raise Refused("calls functions too deep") from None
-    if not isinstance(result, Value):
-        raise Refused("returns something else than a tensor")
-    run.alive(result)
-    return _Writer(run, result).fusion()
-
-
-class _Tail(NamedTuple):
-    """Attention, and the steps of its add and ReLU."""
-
-    attention: Attention
-    residual: Value
-    add: int
-    relu: int
-    inplace: bool
-    passed: tuple[int, ...]
-
-
-class _Writer:
-    """Writes the function of a block's steps."""
-
-    def __init__(self, run: BlockInterpreter, result: Value):
-        self.run, self.result, self.steps = run, result, run.steps
-        self.users: dict[int, list[int]] = {at: [] for at in range(len(self.steps))}
-        for at, step in enumerate(self.steps):
-            used = {v.step for v in step.operands()}
-            used |= {int(s[1:]) for s in _size_symbols((*step.args, *step.kwargs.values()))}
-            for v in used:
-                self.users[v].append(at)
-        self.users[result.step].append(len(self.steps))
-
-    def fusion(self) -> Fusion | None:
-        run = self.run
-        tails = {}
-        for attention in run.found:
-            tail = self.tail(attention)
-            if tail is not None:
-                tails[attention.last] = tail
-        inline = [a for a in run.found if a.child is None and (a.last in tails or self.is_closed(a))]
-        if not tails and not inline:
-            return None
-        for attention in run.found:
-            if attention.last in tails or attention in inline:
-                self.note(attention, tails.get(attention.last))
-        plans: dict[str, object] = {}
-        lines = self.lines(tails, [a for a in inline if a.last not in tails], plans)
-        source = "\n    ".join(["def forward(m, v0):", "c = m._modules", *lines, f"return {_name(self.result)}"]) + "\n"
-        functions = {f"f{i}": f for i, f in enumerate(self.functions)}
-        names = {**functions, **plans, "torch": torch, "F": F, "functional": functional}
-        names |= {"add_relu": add_relu, "alike": alike}
-        exec(compile(source, f"<{type(run.root.module).__name__} with its attention fused>", "exec"), names)
-        found = tuple(t.attention.child for t in tails.values() if t.attention.child is not None)
-        of_block = tuple((a.plan, a.last in tails) for a in inline)
-        return Fusion(names["forward"], run.reads.guard(), found, of_block, source)
-
-    def is_closed(self, a: Attention) -> bool:
-        """Whether nothing else uses what is between an attention's input and its output."""
-        return all(user <= a.last for at in range(a.first, a.last) for user in self.users[at])
-
-    def note(self, attention: Attention, tail: _Tail | None) -> None:
-        """Add to the reads what the replaced steps depend on."""
-        reads, root = self.run.reads, self.run.root.module
-        replaced = range(attention.first, attention.last + 1) if attention.child is None else ()
-        for at in (*replaced, *(tail.passed if tail else ())):
-            reads.update(self.steps[at].reads)
-        if attention.child is not None:
-            owner = Child(attention.child, layer_at(root, attention.child))
-            reads.kind(owner, self.run.attention[attention.child])
-        if tail is not None and isinstance(self.steps[tail.relu].target, Child):
-            reads.update(self.steps[tail.relu].reads)
-
-    # ---- the add and ReLU behind attention
-
-    def tail(self, attention: Attention) -> _Tail | None:
-        if not self.is_closed(attention):
-            return None
-        at, passed = attention.last, []
-        while len(self.users[at]) == 1 and (user := self.users[at][0]) < len(self.steps):
-            step = self.steps[user]
-            if not step.passes:
-                break
-            at = user
-            passed.append(at)
-        add = self.only_user(at)
-        if add is None:
-            return None
-        if (reason := self.drops(add)) is not None:
-            raise Refused(reason)
-        residual, inplace = self.added_to(at, add)
-        relu = None if residual is None else self.only_user(add)
-        if relu is None or relu != add + 1 or not self.is_relu(relu):
-            return None
-        between = [i for i in range(attention.last + 1, add) if i not in passed]
-        if between and not self.commutes(attention, between):
-            raise Refused("runs something between its attention and the sum that may change either")
-        return _Tail(attention, residual, add, relu, inplace, tuple(passed))
-
-    def only_user(self, at: int) -> int | None:
-        users = self.users[at]
-        return users[0] if len(users) == 1 and users[0] < len(self.steps) else None
-
-    def drops(self, at: int) -> str | None:
-        """Why a step between attention and a sum is in the way, if it is a module that drops at random."""
-        target = self.steps[at].target
-        if not isinstance(target, Child):
-            return None
-        p = getattr(target.module, "drop_prob", getattr(target.module, "p", None))
-        return f"drops by {target.name} with probability {p:.2g}" if isinstance(p, float) and p > 0 else None
-
-    def added_to(self, at: int, add: int) -> tuple[Value | None, bool]:
-        """What is added to the result of a step, and whether in its place."""
-        step = self.steps[add]
-        if not _in(step.target, _ADDS) or len(step.args) != 2 or step.kwargs:
-            return None, False
-        inplace = step.target in _IN_PLACE_ADDS
-        first, second = step.args
-        if not isinstance(first, Value) or not isinstance(second, Value):
-            return None, False
-        other = second if first.step == at else first
-        # In place of the other one, a tensor changes that may be seen elsewhere.
-        if other.step == at or (inplace and first.step != at):
-            return None, False
-        return other, inplace
-
-    def is_relu(self, at: int) -> bool:
-        step = self.steps[at]
-        if isinstance(step.target, Child):
-            return type(step.target.module) is nn.ReLU and len(step.args) == 1 and not step.kwargs
-        options = {**dict(zip(("inplace",), step.args[1:], strict=False)), **step.kwargs}
-        return _in(step.target, _RELUS) and set(options) <= {"inplace"}
-
-    def commutes(self, attention: Attention, between: list[int]) -> bool:
-        """Whether attention may run after these steps: none writes to its input or shares its layers."""
-        root, x = self.run.root.module, attention.x
-        modules = [self.steps[at].target.module for at in between if isinstance(self.steps[at].target, Child)]
-        theirs = {m for module in modules for m in module.modules()}
-        if attention.child is not None:
-            ours = set(layer_at(root, attention.child).modules())
-        else:
-            targets = [self.steps[at].target for at in range(attention.first, attention.last + 1)]
-            ours = {m for t in targets if isinstance(t, Child) for m in t.module.modules()}
-        if ours & theirs or any(x.step == v.step for at in between for v in self.steps[at].operands()):
-            return False
-        maker = self.steps[x.step].target
-        if isinstance(maker, Child) and type(maker.module) in _FRESH and self.is_private(attention):
-            self.run.reads.kind(maker)
-            return True
-        if all(isinstance(self.steps[at].target, Child) and _is_harmless(self.steps[at].target) for at in between):
-            for at in between:
-                for name, module in self.steps[at].target.module.named_modules():
-                    path = (*self.steps[at].target.path, *(name.split(".") if name else ()))
-                    self.run.reads.kind(Child(path, module))
-            return True
-        return False
-
-    def is_private(self, attention: Attention) -> bool:
-        """Whether nothing but attention uses its input."""
-        return all(attention.first <= user <= attention.last for user in self.users[attention.x.step])
-
-    # ---- source
-
-    def lines(self, tails: dict[int, _Tail], inline: list[Attention], plans: dict[str, object]) -> list[str]:
-        self.functions: list[object] = []
-        skipped: set[int] = set()
-        for tail in tails.values():
-            a = tail.attention
-            skipped |= {*range(a.first, a.last + 1), *tail.passed, tail.add, tail.relu}
-        by_relu = {t.relu: t for t in tails.values()}
-        by_last = {a.last: a for a in inline}
-        for a in inline:
-            skipped |= set(range(a.first, a.last + 1))
-        lines: list[str] = []
-        for at in range(1, len(self.steps)):
-            if at in by_relu:
-                lines += self.fused_tail(by_relu[at], plans)
-            elif at in by_last:
-                a = by_last[at]
-                plan = _named(plans, a.plan)
-                x = _name(a.x)
-                lines += [f"if fits({plan}, m, {x}):", f"    v{at} = {plan}.compute(m, {x}, None, None, functional)"]
-                lines += ["else:", *("    " + self.line(i) for i in range(a.first, a.last + 1))]
-            elif at not in skipped:
-                lines.append(self.line(at))
-        plans["fits"] = fits
-        return lines
-
-    def fused_tail(self, tail: _Tail, plans: dict[str, object]) -> list[str]:
-        a, y = tail.attention, f"v{tail.relu}"
-        x, residual = _name(a.x), _name(tail.residual)
-        if a.child is not None:
-            return [f"{y} = add_relu({_child(a.child)}, {x}, {residual}, {tail.inplace})"]
-        plan = _named(plans, a.plan)
-        steps = [*range(a.first, a.last + 1), *tail.passed, tail.add, tail.relu]
-        return [
-            f"if fits({plan}, m, {x}) and alike({x}, {residual}):",
-            f"    {y} = {plan}.compute(m, {x}, {residual}, 'relu', functional)",
-            "else:",
-            *("    " + self.line(at) for at in steps),
-        ]
-
-    def line(self, at: int) -> str:
-        step = self.steps[at]
-        if step.target == "index":
-            return f"v{at} = {_name(step.args[0])}[{', '.join(map(_index, step.args[1]))}]"
-        args = [self.expression(a) for a in step.args]
-        kwargs = [f"{name}={self.expression(a)}" for name, a in step.kwargs.items()]
-        target = step.target
-        if isinstance(target, Child):
-            return f"v{at} = {_child(target.path)}({', '.join(args + kwargs)})"
-        if isinstance(target, Method):
-            return f"v{at} = {args[0]}.{target.name}({', '.join(args[1:] + kwargs)})"
-        if isinstance(target, str):
-            signs = {"add": "+", "sub": "-", "mul": "*", "div": "/", "pow": "**"}
-            if target in signs:
-                return f"v{at} = {args[0]} {signs[target]} {args[1]}"
-            # The name on the left is the one that has been written to: both are the same tensor.
-            return f"v{at} = {args[0]}; v{at} {signs[target[1:]]}= {args[1]}"
-        self.functions.append(target)
-        return f"v{at} = f{len(self.functions) - 1}({', '.join(args + kwargs)})"
-
-    def expression(self, value: object) -> str:
-        if isinstance(value, Value):
-            return _name(value)
-        if isinstance(value, Size):
-            sizes = [f"v{s[1:]}.shape[{'NCHW'.index(s[0])}]" for s in value.symbols]
-            return " * ".join([*sizes, *([str(value.factor)] if value.factor != 1 or not sizes else [])])
-        if value is TRAINING:
-            return "m.training"
-        if isinstance(value, tuple | list):
-            items = ", ".join(map(self.expression, value))
-            return f"[{items}]" if isinstance(value, list) else f"({items},)" if value else "()"
-        if not is_constant(value):
-            raise Refused(f"passes a {type(value).__name__} to a function")
-        return repr(value)
-
-
-def _named(names: dict[str, object], value: object) -> str:
-    name = f"plan{len(names)}"
-    names[name] = value
-    return name
-
-
-def _name(v: Value) -> str:
-    return f"v{v.step}" if v.item is None else f"v{v.step}[{v.item}]"
-
-
-def _child(path: Path) -> str:
-    return "c" + "._modules".join(f"[{name!r}]" for name in path)
-
-
-def _index(item: object) -> str:
-    return "None" if item is None else "..." if item is Ellipsis else ":"
-
-
-def _is_harmless(child: Child) -> bool:
-    """Whether a module writes to nothing but its own memory."""
-    return all(type(m) in _HARMLESS for m in child.module.modules())
-
-
-# ---- what the function calls
-
-
-def fits(plan: Plan, module: nn.Module, x: object) -> bool:
-    """Whether the plan of layers on a block stands for them on ``x``."""
-    if type(x) not in PLAIN_TENSORS or x.dim() != 4 or not x.is_floating_point():
-        return False
-    return not functional.why_not(x) and not plan.why_not(module, x)
-
-
-def add_relu(gate: nn.Module, x: Tensor, residual: Tensor, inplace: bool) -> Tensor:
-    """``relu(gate(x) + residual)`` by a fused module."""
-    if alike(x, residual):
-        if not hasattr(gate, "fused_add_relu"):  # a module of attn_kernels
-            return gate.forward(x, residual, "relu")
-        fused = gate.fused_add_relu(x, residual)
-        if fused is not None:
-            return fused
-    y = gate(x)
-    if inplace:
-        y += residual
-    else:
-        y = y + residual
-    return torch.relu(y)
-
-
-def alike(x: object, residual: object) -> bool:
-    """Whether the residual may enter a kernel beside x: no other shape that would broadcast, no dtype that promotes."""
-    plain = PLAIN_TENSORS.issuperset((type(x), type(residual)))
-    return plain and residual.shape == x.shape and residual.dtype == x.dtype and residual.device == x.device

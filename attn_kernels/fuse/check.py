@@ -1,9 +1,9 @@
-"""A plan beside the module that it stands for, on small random numbers: outputs, gradients and buffers, in both modes."""
+"""A plan beside its module, on small random numbers: outputs, gradients and buffers, in training and in evaluation."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -38,12 +38,15 @@ def _no_fake_tensors() -> contextlib.AbstractContextManager:
     return unset_fake_temporarily()
 
 
-def disagreement(module: nn.Module, plan: Plan) -> str:
-    """What a module and its plan disagree about; empty where they agree."""
+Forward = Callable[[nn.Module, Tensor], Tensor]
+
+
+def disagreement(module: nn.Module, plan: Plan, forward: Forward = nn.Module.__call__) -> str:
+    """What a module, or a ``forward`` of its layers, and its plan disagree about; empty where they agree."""
     try:
         with surroundings():
             for training in (True, False):
-                found = _compare(module, plan, training)
+                found = _compare(module, plan, forward, training)
                 if found:
                     return f"{found} than {plan.kind}'s {'in training' if training else 'in evaluation'}"
     except Exception as failure:  # of the module's forward, of whatever kind
@@ -51,7 +54,7 @@ def disagreement(module: nn.Module, plan: Plan) -> str:
     return ""
 
 
-def _compare(module: nn.Module, plan: Plan, training: bool) -> str:
+def _compare(module: nn.Module, plan: Plan, forward: Forward, training: bool) -> str:
     theirs = random_twin(module, training)
     ours = random_twin(theirs, training, values=True)
     h, w = (4, 4) if plan.plane == "square" else plan.plane or (3, 5)
@@ -63,7 +66,7 @@ def _compare(module: nn.Module, plan: Plan, training: bool) -> str:
     results = []
     for twin in (theirs, ours):
         leaf = x.clone().requires_grad_()
-        y = twin(leaf) if twin is theirs else plan.compute(twin, leaf, None, None, reference)
+        y = forward(twin, leaf) if twin is theirs else plan.compute(twin, leaf, None, None, reference)
         if not isinstance(y, Tensor) or y.shape != x.shape:
             return "gives another shape"
         parameters = list(twin.parameters())
@@ -93,9 +96,7 @@ def random_twin(module: nn.Module, training: bool, values: bool = False) -> nn.M
     It shares no tensor and no dict with the module.
     """
     twin = type(module).__new__(type(module))
-    twin.__dict__ = {
-        k: type(v)() if "hooks" in k and isinstance(v, dict) else v for k, v in module.__dict__.items()
-    }
+    twin.__dict__ = {k: type(v)() if "hooks" in k and isinstance(v, dict) else v for k, v in module.__dict__.items()}
     copied = _copied if values else _random
     twin.__dict__["training"] = training
     children = module._modules.items()

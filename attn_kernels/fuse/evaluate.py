@@ -44,7 +44,7 @@ def compiled(term: Term, module: nn.Module, inputs: dict[Term, str]) -> Callable
     return _function("\n    ".join([head, *lines, f"return {names[term]}"]))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _function(source: str) -> Callable[..., Tensor]:
     """The same function for the same source, so that equal terms are equal in plans."""
     namespace = {"torch": torch, "F": F, "layer": layer_at}

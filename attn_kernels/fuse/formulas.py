@@ -214,9 +214,7 @@ class _Finder:
         odd = kernel[0] % 2 == 1 and kernel[0] == kernel[1]
         if layer.out_channels != 1 or layer.bias is not None or not odd or layer.dilation != (1, 1):
             return None
-        return SpatialGatePlan(
-            ties="amax" in names, conv=conv.args[0], bn=bn.args[0], mean_first=names[0] == "mean"
-        )
+        return SpatialGatePlan(ties="amax" in names, conv=conv.args[0], bn=bn.args[0], mean_first=names[0] == "mean")
 
     def cbam(self, scaled: Term, gate: Term) -> CBAMPlan | None:
         """The gate of pixels of what the gate of channels has scaled."""

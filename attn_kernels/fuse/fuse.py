@@ -14,8 +14,7 @@ import reference
 import reference.models
 from attn_kernels import functional
 from attn_kernels.fuse import check, formulas
-from attn_kernels.fuse.adapters import plan_for
-from attn_kernels.fuse.blocks import find
+from attn_kernels.fuse.adapters import ADAPTERS, plan_for
 from attn_kernels.fuse.guards import Guard, Path
 from attn_kernels.fuse.modules import (
     OF_REFERENCE,
@@ -32,6 +31,7 @@ from attn_kernels.fuse.modules import (
 from attn_kernels.fuse.plans import Plan
 from attn_kernels.fuse.recognise import NoFormula
 from attn_kernels.fuse.report import FuseReport, Row, Swap
+from attn_kernels.fuse.rewrite import find
 from attn_kernels.fuse.terms import Refused
 from attn_kernels.ops._library import PLAIN_TENSORS
 from reference._common import DTYPES
@@ -137,6 +137,8 @@ class _Outcome(NamedTuple):
 
     twin: nn.Module | None
     row: Row
+    settled: bool = False
+    """Whether a user or a check has spoken against it: it is not looked at as a block then."""
 
 
 class _Fuser:
@@ -182,9 +184,10 @@ class _Fuser:
             self.blocks[child] = child, {}
             at = len(self.rows)
             inner = self.visit(child, f"{name}.")
+            settled = outcome is not None and outcome.settled
+            self.blocks[child] = child if settled else self.fuse_block(child, name, inner), inner
             if outcome is not None and not any(row.fused for row in self.rows[at:]):
-                self.rows.insert(at, outcome.row._replace(name=name))
-            self.blocks[child] = self.fuse_block(child, name, inner), inner
+                self.rows[at:] = [outcome.row._replace(name=name)]
         return self.blocks[child][0]
 
     # ---- attention modules
@@ -200,9 +203,10 @@ class _Fuser:
         row = Row(name, cls.__name__, cls.__name__, False)
         if isinstance(module, (Fused, *OURS)):
             fused_block = isinstance(module, Fused) and not isinstance(module, FusedModule)
-            if fused_block and not module._fusion.plans:
+            if fused_block and not module._fusion.inline:
                 return None
             return _Outcome(None, row._replace(reason="already fused"))
+        is_known = cls in OF_REFERENCE or cls.__name__ in ADAPTERS
         try:
             if cls in OF_REFERENCE:
                 row = row._replace(kind=_KINDS.get(cls.__name__, cls.__name__))
@@ -210,18 +214,17 @@ class _Fuser:
             elif _takes_se(module, functional.se):
                 return _Outcome(None, row._replace(kind="SE", reason="already fused"))
             elif _takes_se(module, reference.se):
-                row = row._replace(kind="SE", tail=TAIL)
+                row, is_known = row._replace(kind="SE", tail=TAIL), True
                 fused = self._accepted(module, name) and _se_block_class(cls)
             else:
                 found = plan_for(module)
-                row = row._replace(kind=found.plan.kind)
+                row, is_known = row._replace(kind=found.plan.kind), True
                 self._accepted(module, name)
                 fused = module_class(cls, self.checked_plan(module, found.plan, found.guard), found.guard)
         except Refused as reason:
-            known = row.kind != cls.__name__ or cls in OF_REFERENCE
-            if not known and not _looks_like_attention(module, reason):
+            if not is_known and not _looks_like_attention(module, reason):
                 return None
-            return _Outcome(None, row._replace(tail="", reason=str(reason)))
+            return _Outcome(None, row._replace(tail="", reason=str(reason)), is_known)
         return _Outcome(seen_as(module, fused), row._replace(fused=True))
 
     def _accepted(self, module: nn.Module, name: str) -> bool:
@@ -269,12 +272,14 @@ class _Fuser:
         if fusion is None:
             return block
         cls = type(block).__name__
-        for plan, tail in fusion.plans:
-            row = Row(name, cls, plan.kind, False)
-            if self.filter_fn is not None and not self.filter_fn(block, name):
-                self.rows.append(row._replace(reason="filter_fn"))
+        for gate in fusion.inline:
+            row = Row(name, cls, gate.plan.kind, False)
+            refused = self.filter_fn is not None and not self.filter_fn(block, name)
+            reason = "filter_fn" if refused else check.disagreement(block, gate.plan, gate.forward)
+            if reason:
+                self.rows.append(row._replace(reason=reason))
                 return block
-            self.rows.append(row._replace(fused=True, tail=TAIL if tail else ""))
+            self.rows.append(row._replace(fused=True, tail=TAIL if gate.tail else ""))
         self._note({".".join((name, *path)) for path in fusion.tails}, tail=TAIL)
         return seen_as(block, block_class(type(block), fusion))
 

@@ -161,7 +161,7 @@ class Guard:
         return list(found)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _guard(notes: tuple, others: tuple) -> Guard:
     names: dict[str, object] = {}
     tests: dict[Path, list[tuple[str, str]]] = {}
@@ -245,5 +245,3 @@ def _other_test(kind: str, name: str, owner: object, value: object, constant) ->
         return f"{constant(owner)}.cell_contents is not {constant(value)}", "a variable around a function was set"
     label = getattr(owner, "__qualname__", getattr(owner, "__name__", str(owner)))
     return f"{constant(owner)}.{name} is not {constant(value)}", f"{label}.{name} was set"
-
-

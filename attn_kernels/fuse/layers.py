@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attn_kernels.fuse import operations as ops
+from attn_kernels.fuse.arithmetic import elementwise, gelu
+from attn_kernels.fuse.reductions import adaptive_avg_pool2d, adaptive_max_pool2d, reduced
 from attn_kernels.fuse.terms import ONE, Refused, Term, Value, size
+from attn_kernels.fuse.views import flatten
 
 if TYPE_CHECKING:
     from attn_kernels.fuse.interpret import Child, Interpreter
@@ -108,21 +110,21 @@ def _batch_norm_act(run: Interpreter, layer: Child, v: Value) -> Value:
 def _elementwise(name: str, *options: str) -> Callable[[Interpreter, Child, Value], Value]:
     def call(run: Interpreter, layer: Child, v: Value) -> Value:
         inplace = _own(run, layer, "inplace")[0] if "inplace" in vars(layer.module) else False
-        return ops.elementwise(run, name, v, inplace, *_own(run, layer, *options))
+        return elementwise(run, name, v, inplace, *_own(run, layer, *options))
 
     return call
 
 
 def _gelu(run: Interpreter, layer: Child, v: Value) -> Value:
-    return ops.gelu(run, v, *_own(run, layer, "approximate"))
+    return gelu(run, v, *_own(run, layer, "approximate"))
 
 
 def _adaptive_avg_pool(run: Interpreter, layer: Child, v: Value) -> Value:
-    return ops.adaptive_avg_pool2d(run, v, *_own(run, layer, "output_size"))
+    return adaptive_avg_pool2d(run, v, *_own(run, layer, "output_size"))
 
 
 def _adaptive_max_pool(run: Interpreter, layer: Child, v: Value) -> Value:
-    return ops.adaptive_max_pool2d(run, v, *_own(run, layer, "output_size", "return_indices"))
+    return adaptive_max_pool2d(run, v, *_own(run, layer, "output_size", "return_indices"))
 
 
 def _avg_pool(run: Interpreter, layer: Child, v: Value) -> Value:
@@ -132,11 +134,11 @@ def _avg_pool(run: Interpreter, layer: Child, v: Value) -> Value:
     kernel = kernel if isinstance(kernel, tuple) else (kernel, kernel)
     if padding not in (0, (0, 0)) or divisor is not None or len(v.shape) != 4:
         raise Refused(f"pools with padding or another divisor by {layer.name}")
-    return ops.reduced("mean", v, [2, 3], True, kernel)
+    return reduced("mean", v, [2, 3], True, kernel)
 
 
 def _flatten(run: Interpreter, layer: Child, v: Value) -> Value:
-    return ops.flatten(run, v, *_own(run, layer, "start_dim", "end_dim"))
+    return flatten(run, v, *_own(run, layer, "start_dim", "end_dim"))
 
 
 def _dropout(run: Interpreter, layer: Child, v: Value) -> Value:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 import reference
 from attn_kernels import functional, modules
 from attn_kernels.fuse.adapters import plan_for
-from attn_kernels.fuse.blocks import Fusion, find
 from attn_kernels.fuse.guards import Guard, Path
 from attn_kernels.fuse.plans import Plan
+from attn_kernels.fuse.rewrite import Fusion, find
 from attn_kernels.fuse.terms import Refused
 from attn_kernels.ops._library import PLAIN_TENSORS
 from reference._common import DTYPES
@@ -37,7 +37,7 @@ class Fused:
 
     def is_fused(self, x: object) -> bool:
         """Whether a call on ``x`` takes the fused path."""
-        if not takes(x) or functional.why_not(x) or global_hooks():
+        if not takes(x) or functional.why_not_here(x) or global_hooks():
             return False
         if self._guard.changed(self):
             self._warn()
@@ -90,7 +90,7 @@ class FusedModule(Fused):
         return super().forward(*args, **kwargs)
 
     def is_fused(self, x):
-        return super().is_fused(x) and not self._plan.why_not(self, x)
+        return super().is_fused(x) and not self._plan.why_not(self, x) and not functional.why_not(x)
 
     def why_not(self, x):
         return super().why_not(x) or self._plan.why_not(self, x)
@@ -112,7 +112,7 @@ class FusedBlock(Fused):
 
     def why_not(self, x):
         reasons = super().why_not(x)
-        return reasons or [reason for plan, _ in self._fusion.plans for reason in plan.why_not(self, x)]
+        return reasons or [reason for gate in self._fusion.inline for reason in gate.plan.why_not(self, x)]
 
 
 class FusedReference:
@@ -129,7 +129,7 @@ def state_of(module: nn.Module) -> dict:
     return module.__getstate__() if hasattr(module, "__getstate__") else module.__dict__
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def module_class(original: type[nn.Module], plan: Plan, guard: Guard) -> type[nn.Module]:
     """The subclass of ``original`` that computes by ``plan``: one for all modules that are alike."""
     return subclass(original, FusedModule, _plan=plan, _guard=guard)
@@ -140,7 +140,7 @@ def block_class(original: type[nn.Module], fusion: Fusion) -> type[nn.Module]:
     return subclass(original, FusedBlock, _fusion=fusion, _guard=fusion.guard)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def reference_class(original: type[nn.Module]) -> type[nn.Module]:
     """The class for a module of ``reference``."""
     cls = subclass(OF_REFERENCE[original], FusedReference)
@@ -163,9 +163,8 @@ def seen_as(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
 
 def attention_in(block: nn.Module) -> dict[Path, type[nn.Module]]:
     """The attention modules inside a block that are fused, by their paths."""
-    return {
-        tuple(name.split(".")): type(m) for name, m in block.named_modules() if name and isinstance(m, (FusedModule, *OURS))
-    }
+    named = ((name, m) for name, m in block.named_modules() if name)
+    return {tuple(name.split(".")): type(m) for name, m in named if isinstance(m, (FusedModule, *OURS))}
 
 
 class _Unpickled:

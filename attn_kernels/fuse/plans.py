@@ -66,6 +66,12 @@ class Plan:
         """The norm that the kernels compute, where there is one."""
         return None
 
+    def width(self, module: nn.Module) -> int | None:
+        """How many channels the module takes: as ``channels`` says, or else its first layer."""
+        if self.channels is None and hasattr(self, "fc1"):
+            return layer_at(module, self.fc1).weight.shape[1]
+        return self.channels
+
     def nchw(self, x: Tensor) -> Tensor:
         """A view of the module's input, with the channel where the functional forms have it."""
         return x.permute(0, 3, 1, 2) if self.nhwc else x

@@ -1,29 +1,30 @@
 """Symbols for what a forward pass computes: sizes of the input, terms, and tensors that stand for terms.
 
-A term says what a value is, whatever its layout: ``sigmoid(fc[('fc2',)](relu(...)))``. Two equal terms are one object, so
-that ``is`` compares whole formulas. Every value is read as (N, C, H, W), with 1 for what is reduced or was never there.
+A term says what a value is, whatever its layout: ``sigmoid(fc(('fc2',), relu(...)))``. Two equal terms are one object,
+so that ``is`` compares whole formulas. Every value is read as (N, C, H, W), with 1 for what is reduced or missing.
 """
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import ClassVar
 from weakref import WeakValueDictionary
 
 
 class Refused(Exception):
-    """Raised for what is not understood whole, or has no kernel; the message says what, as a sentence about a module."""
+    """Raised for what is not understood whole or has no kernel; the message goes on a sentence about the module."""
 
 
 class Term:
     """An operation on terms and constants; equal ones are the same object.
 
-    ``op`` is the name of a function of PyTorch as a rule. ``("fc", path, t)``, ``("conv", path, t)`` and so on are calls
-    of the layer at ``path``; ``("mean", t, "HW")`` and the like reduce the dimensions that they name.
+    ``op`` is the name of a function of PyTorch as a rule. ``("fc", path, t)``, ``("conv", path, t)`` and so on are
+    calls of the layer at ``path``; ``("mean", t, {"H", "W"})`` and the like reduce the dimensions that they name.
     """
 
     __slots__ = ("__weakref__", "args", "number", "op")
-    _all: WeakValueDictionary[tuple, Term] = WeakValueDictionary()
+    _all: ClassVar[WeakValueDictionary[tuple, Term]] = WeakValueDictionary()
     _numbers = itertools.count()
 
     def __new__(cls, op: str, *args: object) -> Term:
