@@ -2,8 +2,8 @@
 
 The data flow one way:
 
-- ``source``, ``frame`` and ``interpret`` read a module's forward into ``terms``, by way of ``operations`` and
-  ``layers``; ``guards`` notices later changes of what was read.
+- ``source``, ``frame`` and ``interpret`` read a module's forward into ``terms``; the functions that they know are in
+  ``registry``, ``views``, ``reductions``, ``arithmetic``, ``builtin`` and ``layers``; ``guards`` notices later changes.
 - ``formulas`` finds which terms the kernels compute, and the plan, of ``plans``, by which they do; ``evaluate``
   computes any other gate. ``recognise`` joins these for a module, ``blocks`` and ``rewrite`` for a residual block.
 - ``check`` runs a plan beside its module, ``adapters`` has the plans that users register, ``modules`` the classes that

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from attn_kernels.fuse import formulas, layers
-from attn_kernels.fuse import operations as ops
+from attn_kernels.fuse.builtin import BUILTINS
 from attn_kernels.fuse.guards import Child, Path, Reads, is_constant
 from attn_kernels.fuse.interpret import Bound, Interpreter, Method
 from attn_kernels.fuse.plans import Plan
+from attn_kernels.fuse.registry import METHODS
 from attn_kernels.fuse.terms import Refused, Size, Term, Value, X
 
 # What is called as it is where its result is not understood: it writes nothing but, by its name, its first argument.
@@ -122,7 +123,7 @@ class BlockInterpreter(Interpreter):
                 raise Refused("asks for the shape of what a child returns")
             if self._recording:
                 self._note_maps(v)
-        elif self._recording and name not in ops.METHODS and name in VERBATIM_METHODS:
+        elif self._recording and name not in METHODS and name in VERBATIM_METHODS:
             return Bound(Method(name), v)
         return super().tensor_attribute(v, name)
 
@@ -172,7 +173,7 @@ class BlockInterpreter(Interpreter):
         return super().call(function, args, kwargs)
 
     def call_operation(self, function: object, args: tuple, kwargs: dict):
-        if not self._recording or not tensors_in((*args, *kwargs.values())) or is_in(function, ops.BUILTINS.values()):
+        if not self._recording or not tensors_in((*args, *kwargs.values())) or is_in(function, BUILTINS.values()):
             return super().call_operation(function, args, kwargs)
         if isinstance(function, Method) and function.name in ("size", "dim", "ndimension"):
             return super().call_operation(function, args, kwargs)

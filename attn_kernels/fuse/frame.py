@@ -7,8 +7,9 @@ import operator
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
-from attn_kernels.fuse import operations as ops
+from attn_kernels.fuse.builtin import BUILTINS, IMPLEMENTATIONS
 from attn_kernels.fuse.guards import CONSTANTS, Child, is_constant
+from attn_kernels.fuse.registry import FUNCTIONS, Operation, is_number
 from attn_kernels.fuse.terms import Number, Refused, Size, Unknown, Value
 
 if TYPE_CHECKING:
@@ -50,9 +51,9 @@ def kind_of(value: object) -> str:
     return "values of tensors" if isinstance(value, Value) else type(value).__name__
 
 
-def operation_of(function: object) -> ops.Operation | None:
+def operation_of(function: object) -> Operation | None:
     try:
-        return ops.FUNCTIONS.get(function) or (function if function in ops.IMPLEMENTATIONS else None)
+        return FUNCTIONS.get(function) or (function if function in IMPLEMENTATIONS else None)
     except TypeError:  # not hashable
         return None
 
@@ -204,8 +205,8 @@ class Frame:
                 raise Refused(f"reads the global {name}")
             reads.global_name(function.__globals__, name, value)
             return value
-        if name in ops.BUILTINS:
-            return ops.BUILTINS[name]
+        if name in BUILTINS:
+            return BUILTINS[name]
         raise Refused(f"uses {name}")
 
     def _Attribute(self, node: ast.Attribute):
@@ -238,7 +239,7 @@ class Frame:
         if isinstance(node.op, ast.Not):
             return not self.truth(node.operand)
         value = self.evaluate(node.operand)
-        if isinstance(node.op, ast.USub) and ops.is_number(value):
+        if isinstance(node.op, ast.USub) and is_number(value):
             return -value
         raise self.refused("has an operator that is not understood", node)
 

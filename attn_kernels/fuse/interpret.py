@@ -14,11 +14,14 @@ from types import FunctionType, ModuleType
 from torch import nn
 
 from attn_kernels.fuse import layers
-from attn_kernels.fuse import operations as ops
+from attn_kernels.fuse.arithmetic import binary, written
 from attn_kernels.fuse.frame import Bound, Frame, Method, Super, Thunk, kind_of, operation_of
 from attn_kernels.fuse.guards import HOOKS, Child, Reads, is_constant
+from attn_kernels.fuse.reductions import Maximum
+from attn_kernels.fuse.registry import METHODS, VIEWS
 from attn_kernels.fuse.source import tree
 from attn_kernels.fuse.terms import ONE, Refused, Size, Storage, Term, Unknown, Value, X
+from attn_kernels.fuse.views import relayout
 
 LIMIT_CALLS, LIMIT_DEPTH, LIMIT_ITEMS = 400, 20, 100
 TRAINING = Unknown("whether it is training")
@@ -115,7 +118,7 @@ class Interpreter:
                 if name in vars(cls):
                     self.reads.class_attribute(cls, name, getattr(cls, name))
                     return self._of_class(vars(cls)[name], owner.owner)
-        if isinstance(owner, ops.Maximum) and name == "values":
+        if isinstance(owner, Maximum) and name == "values":
             return owner.values
         if type(owner) is list and name == "append":
             return Bound(list.append, owner)
@@ -127,7 +130,7 @@ class Interpreter:
             return tuple(v.shape)
         if name == "ndim":
             return len(v.shape)
-        if name in ops.METHODS:
+        if name in METHODS:
             return Bound(Method(name), v)
         raise Refused(f"asks for {name} of a tensor")
 
@@ -207,7 +210,7 @@ class Interpreter:
     def binary(self, op: str | None, a: object, b: object):
         """``a op b``."""
         self.alive(a, b)
-        result = ops.binary(self, op, a, b)
+        result = binary(self, op, a, b)
         self.used((a, b), {})
         return result
 
@@ -216,9 +219,9 @@ class Interpreter:
         self.alive(a, b)
         if isinstance(a, list | dict):
             raise Refused("changes a list in place")
-        result = ops.binary(self, op, a, b)
+        result = binary(self, op, a, b)
         self.used((b,), {})
-        return ops.written(self, a, result) if isinstance(a, Value) else result
+        return written(self, a, result) if isinstance(a, Value) else result
 
     def index(self, v: Value, indices: list) -> Value:
         """``v[:, None, ...]``: a view with dimensions of 1."""
@@ -235,7 +238,7 @@ class Interpreter:
                 shape.append(rest.pop(0))
             else:
                 raise Refused("indexes more dimensions than a tensor has")
-        return ops.relayout(self, v, shape + rest)
+        return relayout(self, v, shape + rest)
 
     # ---- calls
 
@@ -265,12 +268,12 @@ class Interpreter:
     def call_operation(self, function: object, args: tuple, kwargs: dict):
         """A function or method of PyTorch, or a builtin."""
         self.alive(*args)
-        operation = ops.METHODS[function.name] if isinstance(function, Method) else operation_of(function)
+        operation = METHODS[function.name] if isinstance(function, Method) else operation_of(function)
         try:
             result = operation(self, *args, **kwargs)
         except (TypeError, AttributeError, ValueError, OverflowError, ZeroDivisionError):
             raise Refused(f"calls {operation.__name__.lstrip('_')} with arguments that are not understood") from None
-        if operation not in ops.VIEWS:
+        if operation not in VIEWS:
             self.used(args, kwargs)
         return result
 

@@ -39,8 +39,10 @@ def read(module: nn.Module, layout: str = "NCHW") -> tuple[Term, Interpreter]:
     x = input_value(layout)
     try:
         result = run.call_module(Child((), module), (x,), {})
-    except RecursionError:
-        raise Refused("calls functions too deep") from None
+    except Refused:
+        raise
+    except Exception as error:  # of whatever kind: a model is left as it is rather than not loaded
+        raise Refused(f"could not be read: {type(error).__name__}: {error}") from error
     if not isinstance(result, Value):
         raise Refused("returns something else than a tensor")
     run.alive(result)

@@ -60,8 +60,10 @@ def find(block: nn.Module, attention: dict[Path, type[nn.Module]]) -> Fusion | N
     run = BlockInterpreter(block, attention)
     try:
         result = run.call_module(run.root, (run.input,), {})
-    except RecursionError:
-        raise Refused("calls functions too deep") from None
+    except Refused:
+        raise
+    except Exception as error:  # of whatever kind: a model is left as it is rather than not loaded
+        raise Refused(f"could not be read: {type(error).__name__}: {error}") from error
     if not isinstance(result, Value):
         raise Refused("returns something else than a tensor")
     run.alive(result)

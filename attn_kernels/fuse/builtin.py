@@ -1,4 +1,4 @@
-"""All operations on symbolic tensors, and those on Python's own values: what the interpreter calls."""
+"""Python's own functions on symbolic values: ``BUILTINS``; and all operations that there are."""
 
 from __future__ import annotations
 
@@ -7,20 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from attn_kernels.fuse import reductions  # noqa: F401, whose functions register themselves
 from attn_kernels.fuse.arithmetic import binary
 from attn_kernels.fuse.registry import FUNCTIONS, METHODS, VIEWS, Operation, is_number
-from attn_kernels.fuse.terms import (
-    Refused,
-    Value,
-)
+from attn_kernels.fuse.terms import Refused, Value
 
 if TYPE_CHECKING:
     from attn_kernels.fuse.interpret import Interpreter
-
-__all__ = [
-    *("BUILTINS", "FUNCTIONS", "IMPLEMENTATIONS", "METHODS", "VIEWS"),
-    *("Maximum", "Operation", "binary", "is_number", "relayout", "written"),
-]
 
 
 def _is_scripting(run: Interpreter) -> bool:
