@@ -14,7 +14,7 @@ from attn_kernels.functional import why_not
 from attn_kernels.fuse.modules import FusedBlock, FusedModule
 from attn_kernels.modules import BAM, CBAM, SE, ChannelGate, SimAM, SpatialGate
 from attn_kernels.ops._library import is_dense, layout
-from reference._common import check_input
+from reference._common import AttentionModule, check_input
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,8 @@ def _reasons(module: nn.Module, x: Tensor, residual: Tensor | None) -> list[str]
         if module.se is functional.se:
             return why_not(x, (*module.fc1.parameters(), *module.fc2.parameters()))
         return ["the module is reference's, not attn_kernels'"]
+    if isinstance(module, AttentionModule) and not module.is_plain():
+        return ["hooks on a layer, or another layer in its place: the layers are called as modules"]
     if isinstance(module, CBAM) and module.no_spatial:
         module = module.ChannelGate
     if isinstance(module, SE | ChannelGate):

@@ -8,10 +8,47 @@ from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TAIL_ACTIVATIONS = (None, "relu")
+
+
+class AttentionModule(nn.Module):
+    """``act(attention(x) + residual)``: the base of all attention modules."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
+        """``act(attention(x) + residual)`` for ``x`` of shape (N, C, H, W)."""
+        if isinstance(x, Tensor) or not isinstance(x, fx.Proxy):
+            return self.attend(x, residual, activation)
+        # To torch.fx the module is a leaf, as PyTorch's own layers are.
+        path = x.tracer.path_of_module(self)
+        return x.tracer.create_proxy("call_module", path, (x, residual, activation), {})
+
+    def attend(self, x: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+        """The formula, by the parameters of the layers, or by the layers where one of them is not plain."""
+        raise NotImplementedError
+
+    def is_plain(self) -> bool:
+        """Whether the layers do what their classes do with their parameters, and nothing else."""
+        return True
+
+    def __prepare_scriptable__(self):
+        name = f"{type(self).__module__.partition('.')[0]}.{type(self).__name__}"
+        raise TypeError(f"torch.jit.script cannot read {name}: use torch.compile, torch.export or torch.jit.trace")
+
+
+def is_plain_layer(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of ``layer`` does what its class ``kind`` does with its parameters, and nothing else.
+
+    A wrapper (LoRA's, say), a subclass, a parametrization, a hook and a forward of the instance all say no.
+    """
+    return type(layer) is kind and "forward" not in layer.__dict__ and not has_hooks(layer)
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether a call of ``layer`` runs hooks of its own."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:

@@ -10,15 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reference._common import (
+    AttentionModule,
     accumulation_dtype,
     check_batch_statistics,
     check_device,
     check_input,
     check_positive,
+    is_plain_layer,
     like_parameters,
     states,
     tail,
 )
+
+# The layers of the two branches.
+_LAYERS = (nn.Sequential, nn.Flatten, nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU)
 
 
 def check_bam(x, gate_c, gate_s, *, residual=None, activation=None):
@@ -186,10 +191,10 @@ class SpatialGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to logits (N, C, H, W), expanded."""
-        return self.gate_s(x).expand_as(x)
+        return self.gate_s(like_parameters(x, self.gate_s)).expand_as(x)
 
 
-class BAM(nn.Module):
+class BAM(AttentionModule):
     """Bottleneck Attention Module: keys ``channel_att.gate_c.*`` and ``spatial_att.gate_s.*``.
 
     Args:
@@ -221,8 +226,20 @@ class BAM(nn.Module):
         self.channel_att = ChannelGate(gate_channel, reduction_ratio, num_layers)
         self.spatial_att = SpatialGate(gate_channel, reduction_ratio, dilation_conv_num, dilation_val)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
-        """``act(attention(x) + residual)`` for ``x`` of shape (N, C, H, W)."""
+    def is_plain(self):
+        branches = self.channel_att, self.spatial_att
+        return all(map(is_plain_layer, branches, (ChannelGate, SpatialGate))) and all(
+            type(layer) in _LAYERS and is_plain_layer(layer, type(layer))
+            for gate in (self.channel_att.gate_c, self.spatial_att.gate_s)
+            for layer in (gate, *gate)
+        )
+
+    def attend(self, x, residual, activation):
+        if not self.is_plain():
+            check_input(x, residual, activation)
+            channel, spatial = self.channel_att(x), self.spatial_att(x)
+            attention = 1 + torch.sigmoid(channel.to(x.dtype) * spatial.to(x.dtype))
+            return tail(x * attention, residual, activation)
         return self._function(
             x, self.channel_att.gate_c, self.spatial_att.gate_s, residual=residual, activation=activation
         )

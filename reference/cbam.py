@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reference._common import (
+    AttentionModule,
     accumulation_dtype,
     check_batch_statistics,
     check_choice,
@@ -16,6 +17,8 @@ from reference._common import (
     check_input,
     check_parameter,
     check_positive,
+    has_hooks,
+    is_plain_layer,
     like_parameters,
     tail,
     without_autocast,
@@ -42,6 +45,14 @@ def _lse(x: Tensor) -> Tensor:
 
 
 POOLS = {"avg": _avg, "max": _max, "lp": _lp, "lse": _lse}
+
+
+def _channel_pools(x: Tensor) -> Tensor:
+    """(N, 2, H, W): the maximum and the mean over the channels."""
+    dtype = accumulation_dtype(x)
+    # The gradient of the maximum goes to the lowest channel that attains it.
+    maximum = x.max(dim=1, keepdim=True).values.to(dtype)
+    return torch.cat((maximum, x.mean(dim=1, keepdim=True, dtype=dtype)), dim=1)
 
 
 def check_pool_types(pool_types: Sequence[str]) -> None:
@@ -165,12 +176,9 @@ def spatial_gate(
             BatchNorm.
     """
     check_spatial_gate(x, conv_weight, norm, residual=residual, activation=activation)
-    dtype = accumulation_dtype(x)
-    # The gradient of the maximum goes to the lowest channel that attains it.
-    maximum = x.max(dim=1, keepdim=True).values.to(dtype)
-    mean = x.mean(dim=1, keepdim=True, dtype=dtype)
+    pools = _channel_pools(x)
     with without_autocast(x):
-        z = F.conv2d(torch.cat((maximum, mean), dim=1), conv_weight.to(dtype), padding=conv_weight.shape[-1] // 2)
+        z = F.conv2d(pools, conv_weight.to(pools.dtype), padding=conv_weight.shape[-1] // 2)
         if isinstance(norm, nn.Module):
             z = like_parameters(z, norm)
         scale = torch.sigmoid(norm(z)).to(x.dtype)
@@ -213,7 +221,7 @@ def cbam(
     return spatial_gate(x, conv_weight, norm, residual=residual, activation=activation)
 
 
-class ChannelGate(nn.Module):
+class ChannelGate(AttentionModule):
     """CBAM's channel gate. Keys ``mlp.1.weight (h, C)``, ``mlp.1.bias``, ``mlp.3.weight (C, h)``, ``mlp.3.bias``.
 
     Args:
@@ -243,8 +251,18 @@ class ChannelGate(nn.Module):
         _, fc1, _, fc2 = self.mlp
         return fc1.weight, fc1.bias, fc2.weight, fc2.bias
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
-        """``act(attention(x) + residual)`` for ``x`` of shape (N, C, H, W)."""
+    def is_plain(self):
+        layers = tuple(self.mlp)
+        kinds = nn.Flatten, nn.Linear, nn.ReLU, nn.Linear
+        return is_plain_layer(self.mlp, nn.Sequential) and len(layers) == 4 and all(map(is_plain_layer, layers, kinds))
+
+    def attend(self, x, residual, activation):
+        if not self.is_plain():
+            check_input(x, residual, activation)
+            with without_autocast(x):
+                logits = sum(self.mlp(like_parameters(POOLS[pool](x), self.mlp)) for pool in self.pool_types)
+                scale = torch.sigmoid(logits).to(x.dtype)[:, :, None, None]
+            return tail(x * scale, residual, activation)
         return self._function(
             x, *self.mlp_parameters(), pool_types=self.pool_types, residual=residual, activation=activation
         )
@@ -262,7 +280,7 @@ class _ConvNorm(nn.Module):
         self.bn = nn.BatchNorm2d(1, eps=1e-5, momentum=0.01)
 
 
-class SpatialGate(nn.Module):
+class SpatialGate(AttentionModule):
     """CBAM's spatial gate. Keys ``spatial.conv.weight (1, 2, 7, 7)``, ``spatial.bn.*``."""
 
     _function = staticmethod(spatial_gate)
@@ -271,12 +289,27 @@ class SpatialGate(nn.Module):
         super().__init__()
         self.spatial = _ConvNorm()
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
-        """``act(attention(x) + residual)`` for ``x`` of shape (N, C, H, W)."""
-        return self._function(x, self.spatial.conv.weight, self.spatial.bn, residual=residual, activation=activation)
+    def is_plain(self):
+        return is_plain_layer(self.spatial.conv, nn.Conv2d)
+
+    def attend(self, x, residual, activation):
+        conv, bn = self.spatial.conv, self.spatial.bn
+        if not self.is_plain():
+            check_input(x, residual, activation)
+            with without_autocast(x):
+                z = conv(like_parameters(_channel_pools(x), conv))
+                scale = torch.sigmoid(bn(like_parameters(z, bn))).to(x.dtype)
+            return tail(x * scale, residual, activation)
+        return self._function(x, conv.weight, bn, residual=residual, activation=activation)
 
 
-class CBAM(nn.Module):
+def _is_plain_gate(gate: nn.Module, kind: type[ChannelGate | SpatialGate]) -> bool:
+    """Whether a gate may be computed without a call of it: one of ours, untouched, and so are its layers."""
+    is_ours = isinstance(gate, kind) and (type(gate).forward, type(gate).attend) == (kind.forward, kind.attend)
+    return is_ours and "forward" not in gate.__dict__ and not has_hooks(gate) and gate.is_plain()
+
+
+class CBAM(AttentionModule):
     """Convolutional Block Attention Module: keys ``ChannelGate.mlp.*`` and ``SpatialGate.spatial.*``.
 
     Args:
@@ -306,10 +339,18 @@ class CBAM(nn.Module):
         if not no_spatial:
             self.SpatialGate = self._spatial_gate()
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
-        """``act(attention(x) + residual)`` for ``x`` of shape (N, C, H, W)."""
+    def is_plain(self):
+        gates = ((self.ChannelGate, ChannelGate),)
+        if not self.no_spatial:
+            gates += ((self.SpatialGate, SpatialGate),)
+        return all(_is_plain_gate(gate, kind) for gate, kind in gates)
+
+    def attend(self, x, residual, activation):
+        channel = self.ChannelGate
         if self.no_spatial:
-            return self.ChannelGate(x, residual, activation)
+            return channel(x, residual, activation)
+        if not self.is_plain():
+            return self.SpatialGate(channel(x), residual, activation)
         spatial = self.SpatialGate.spatial
         return self._function(
             x,

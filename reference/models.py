@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from reference._common import check_choice, check_positive
+from reference._common import check_choice, check_positive, is_plain_layer
 from reference.bam import BAM
 from reference.cbam import CBAM
-from reference.se import SE, se
+from reference.se import SE, se, se_by_layers
 from reference.simam import SimAM
 
 ATTENTIONS = (None, "se", "bam", "cbam", "simam")
@@ -58,6 +58,8 @@ class _Block(nn.Module):
     def tail(self, out: Tensor, identity: Tensor) -> Tensor:
         if self.attention == "se":
             fc1, fc2 = self.fc1, self.fc2
+            if not (is_plain_layer(fc1, nn.Linear) and is_plain_layer(fc2, nn.Linear)):
+                return se_by_layers(out, fc1, fc2, residual=identity, activation="relu")
             return self.se(out, fc1.weight, fc1.bias, fc2.weight, fc2.bias, residual=identity, activation="relu")
         if self.attention == "cbam":
             return self.cbam(out, identity, "relu")

@@ -7,11 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reference._common import (
+    AttentionModule,
     accumulation_dtype,
     check_choice,
     check_input,
     check_parameter,
     check_positive,
+    is_plain_layer,
+    like_parameters,
     tail,
     without_autocast,
 )
@@ -123,7 +126,26 @@ def se(
     return tail(x * scale, residual, activation)
 
 
-class SE(nn.Module):
+def se_by_layers(
+    x: Tensor,
+    fc1: nn.Module,
+    fc2: nn.Module,
+    *,
+    mlp_activation: str = "relu",
+    gate: str = "sigmoid",
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """:func:`se` by two modules of an (N, C) tensor, which are called with whatever else they do."""
+    check_input(x, residual, activation)
+    squeezed = x.mean((2, 3), dtype=accumulation_dtype(x))
+    with without_autocast(x):
+        logits = fc2(ACTIVATIONS[mlp_activation](fc1(like_parameters(squeezed, fc1))))
+        scale = GATES[gate](logits).to(x.dtype)[:, :, None, None]
+    return tail(x * scale, residual, activation)
+
+
+class SE(AttentionModule):
     """Squeeze-and-Excitation. Keys ``fc1.weight (h, C)``, ``fc1.bias``, ``fc2.weight (C, h)``, ``fc2.bias``.
 
     Args:
@@ -161,20 +183,15 @@ class SE(nn.Module):
         self.fc2 = nn.Linear(hidden, channels, bias=bias)
         self.activation, self.gate = activation, gate
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
-        """``act(attention(x) + residual)`` for ``x`` of shape (N, C, H, W)."""
+    def is_plain(self):
+        return is_plain_layer(self.fc1, nn.Linear) and is_plain_layer(self.fc2, nn.Linear)
+
+    def attend(self, x, residual, activation):
         fc1, fc2 = self.fc1, self.fc2
-        return self._function(
-            x,
-            fc1.weight,
-            fc1.bias,
-            fc2.weight,
-            fc2.bias,
-            mlp_activation=self.activation,
-            gate=self.gate,
-            residual=residual,
-            activation=activation,
-        )
+        options = {"mlp_activation": self.activation, "gate": self.gate, "residual": residual, "activation": activation}
+        if not self.is_plain():
+            return se_by_layers(x, fc1, fc2, **options)
+        return self._function(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, **options)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, gate={self.gate!r}"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from reference._common import accumulation_dtype, check_input, tail
+from reference._common import AttentionModule, accumulation_dtype, check_input, tail
 
 
 def check_lambda(e_lambda: float) -> None:
@@ -50,7 +50,7 @@ def simam(
     return tail((x * torch.sigmoid(inverse_energy)).to(x.dtype), residual, activation)
 
 
-class SimAM(nn.Module):
+class SimAM(AttentionModule):
     """SimAM: no parameters.
 
     Args:
@@ -68,8 +68,7 @@ class SimAM(nn.Module):
         check_lambda(e_lambda)
         self.e_lambda = e_lambda
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
-        """``act(attention(x) + residual)`` for ``x`` of shape (N, C, H, W)."""
+    def attend(self, x, residual, activation):
         return self._function(x, self.e_lambda, residual=residual, activation=activation)
 
     def extra_repr(self) -> str:

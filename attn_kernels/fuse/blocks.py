@@ -54,6 +54,8 @@ class Step:
     """What the symbolic value of the result depends on, where the step is replaced."""
     passes: bool = False
     """Whether it is a module that returns its argument, a dropout of nothing say."""
+    fresh: bool = False
+    """Whether it is a module that returns new memory."""
     result: Value | None = None
 
     def operands(self) -> list[Value]:
@@ -212,6 +214,7 @@ class BlockInterpreter(Interpreter):
         finally:
             self.reads, self._recording = reads, True
         first = args[0] if args and isinstance(args[0], Value) else None
+        step.fresh = isinstance(result, Value) and all(result.storage is not v.storage for v in step.operands())
         is_leaf = layers.find(type(child.module)) is not None
         if isinstance(result, Value) and result is first:
             step.passes = True

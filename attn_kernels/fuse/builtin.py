@@ -63,6 +63,10 @@ def _getattr(run: Interpreter, owner: object, name: object, *default: object):
     return run.attribute(owner, name)
 
 
+def _enumerate(run: Interpreter, values: object) -> list:
+    return list(enumerate(run.items(values)))
+
+
 def _list(run: Interpreter, values: object = ()) -> list:
     return list(run.items(values))
 
@@ -78,6 +82,7 @@ BUILTINS: dict[str, Operation] = {
     "float": _float,
     "range": _range,
     "getattr": _getattr,
+    "enumerate": _enumerate,
     "list": _list,
     "tuple": _tuple,
 }

@@ -27,6 +27,7 @@ from attn_kernels.fuse.terms import Refused, Size, Term, Value, X, number
 from reference.se import ACTIVATIONS
 
 PLANE, CHANNELS = frozenset("HW"), frozenset("C")
+_POOLED = {"mean", "sum", "max", "amax", "lp", "logsumexp"}
 _SCALED = Term("x scaled by its channels")
 ELEMENTWISE = {
     *("relu", "relu6", "sigmoid", "hardsigmoid", "silu", "hardswish", "gelu", "tanh", "mish", "leaky_relu", "elu"),
@@ -57,10 +58,10 @@ def find(term: Term, module: nn.Module) -> Plan | None:
 
 
 def looks_like_attention(term: Term) -> bool:
-    """Whether a term is a product of x and a gate that depends on x."""
+    """Whether a term is a product with a gate that depends on pools of x."""
     if term.op != "mul":
         return False
-    return any(b.op in ("sigmoid", "hardsigmoid", "tanh") and X in b.parts() for b in term.args)
+    return any(b.op in ("sigmoid", "hardsigmoid", "tanh") and _POOLED & {p.op for p in b.parts()} for b in term.args)
 
 
 class _Finder:

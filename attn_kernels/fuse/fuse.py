@@ -43,7 +43,7 @@ _KINDS = {"ChannelGate": "CBAM, channel gate", "SpatialGate": "CBAM, spatial gat
 # Names that people give to attention of channels or pixels; not those of transformers.
 _NAMES = re.compile(
     r"^(SE|Se|se)(?![a-z])|SqueezeE|Squeeze_?(And_?)?Excit|scse|cse|sse|ESE|EffectiveSE|CBAM|Cbam|^BAM|Bam|SimAM|simam"
-    r"|(E|Ce|Ec)ca(Module|Layer|Block)?$|ECA|(Channel|Spatial|Coord)\w*(Att|Gate|SE)|GlobalContext|GatherExcite|GCBlock",
+    r"|(E|Ce|Ec)ca(Module|Layer|Block)?$|ECA|(Channel|Spatial|Coord)\w*(Att|Gate|SE)|GlobalContext$|GatherExcite|GCBlock",
 )
 _NOT_FOUND = (
     "Nothing to fuse was found: looked for SE, ECA, CBAM, BAM and SimAM, in modules and in blocks, by what each forward"
@@ -267,7 +267,8 @@ class _Fuser:
                 raise Refused("its block has another forward on the instance than its class's")
             fusion = find(block, attention)
         except Refused as reason:
-            self._note(names, reason=f"tail not fused: its block {reason}")
+            own = {f"{name}.{path[0]}" for path in attention if len(path) == 1}
+            self._note(names & own, reason=f"tail not fused: its block {reason}")
             return block
         if fusion is None:
             return block

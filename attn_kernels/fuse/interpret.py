@@ -160,6 +160,8 @@ class Interpreter:
                 return self._of_class(vars(base)[name], owner)
         if name in state["_modules"]:
             return self.child(owner, name)
+        if name == "children":
+            return Bound(nn.Module.children, owner)
         if name in state["_parameters"] and state["_parameters"][name] is None:
             self.reads.parameter(owner, name)
             return None
@@ -194,6 +196,12 @@ class Interpreter:
         if is_constant(value):
             return value
         raise Refused(f"reads a {type(value).__name__} of its class")
+
+    def children(self, owner: Child) -> list[Child]:
+        """All children of a module, each once."""
+        self.reads.children(owner)
+        found = {id(m): self.child(owner, name) for name, m in owner.module._modules.items()}
+        return [child for child in found.values() if child is not None]
 
     def items(self, value: object) -> Sequence:
         """What a loop over ``value`` goes through."""
@@ -257,6 +265,8 @@ class Interpreter:
         owner: tuple = ()
         if isinstance(function, Bound):
             function, owner = function.function, (function.owner,)
+        if function is nn.Module.children and not args and not kwargs:
+            return self.children(*owner)
         if function is list.append:
             return list.append(*owner, *args)
         if isinstance(function, Method) or operation_of(function) is not None:

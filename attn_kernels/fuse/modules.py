@@ -65,7 +65,8 @@ class Fused:
         return _rebuild, (self._original, plan is None, plan is None or plan.ties), state_of(self)
 
     def __prepare_scriptable__(self):
-        return seen_as(self, self._original)
+        name = self._original.__name__
+        raise TypeError(f"torch.jit.script cannot read a fused {name}: call unfuse_(model) or report.restore() first")
 
 
 def takes(x: object) -> bool:

@@ -100,7 +100,7 @@ class _Writer:
         tails = {}
         for attention in run.found:
             tail = self.tail(attention)
-            if tail is not None:
+            if tail is not None and all(tail.relu != other.relu for other in tails.values()):
                 tails[attention.last] = tail
         inline = [a for a in run.found if a.child is None and (a.last in tails or self.is_closed(a))]
         if not tails and not inline:
@@ -217,9 +217,12 @@ class _Writer:
             ours = {m for t in targets if isinstance(t, Child) for m in t.module.modules()}
         if ours & theirs or any(x.step == v.step for at in between for v in self.steps[at].operands()):
             return False
-        maker = self.steps[x.step].target
-        if isinstance(maker, Child) and type(maker.module) in _FRESH and self.is_private(attention):
-            self.run.reads.kind(maker)
+        maker = self.steps[x.step]
+        is_fresh = maker.fresh or (isinstance(maker.target, Child) and type(maker.target.module) in _FRESH)
+        if is_fresh and self.is_private(attention):
+            self.run.reads.kind(maker.target)
+            if maker.fresh:
+                self.run.reads.update(maker.reads)
             return True
         if all(isinstance(self.steps[at].target, Child) and _is_harmless(self.steps[at].target) for at in between):
             for at in between:

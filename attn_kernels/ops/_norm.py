@@ -8,12 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from attn_kernels.ops._library import PLAIN
-from reference._common import uses_batch_statistics
-
-
-def has_hooks(layer: nn.Module) -> bool:
-    """Whether a call of ``layer`` runs hooks of its own."""
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+from reference._common import has_hooks, uses_batch_statistics
 
 
 def _is_batch_norm(norm: object) -> bool:

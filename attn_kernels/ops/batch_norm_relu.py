@@ -22,7 +22,7 @@ from attn_kernels.ops import _norm
 from attn_kernels.ops._device import aligned, load_tile, store_tile, update_running
 from attn_kernels.ops._launch import norm_tile, tile_options
 from attn_kernels.ops._library import contiguous, dense, like, needs_grad, reference_gradients, register
-from reference._common import accumulation_dtype
+from reference._common import accumulation_dtype, has_hooks
 
 
 @triton.jit
@@ -484,12 +484,7 @@ def _formula(batch_statistics: bool, eps: float, statistics: Tensor):
 
 def is_fusable(norm: object, activation: object) -> bool:
     """Whether the kernels can stand for these two layers: a plain BatchNorm2d, a plain ReLU, plain tensors."""
-    return (
-        _norm.is_fusable(norm)
-        and type(activation) is nn.ReLU
-        and not _norm.has_hooks(activation)
-        and _norm.is_plain(norm)
-    )
+    return _norm.is_fusable(norm) and type(activation) is nn.ReLU and not has_hooks(activation) and _norm.is_plain(norm)
 
 
 def can_add(conv: object, channels: int) -> bool:
@@ -500,7 +495,7 @@ def can_add(conv: object, channels: int) -> bool:
         and channels <= config.ADDED_CHANNELS
         and conv.kernel_size == conv.stride == (1, 1)
         and conv.padding == (0, 0)
-        and not _norm.has_hooks(conv)
+        and not has_hooks(conv)
         and _norm.is_plain(conv)
     )
 
