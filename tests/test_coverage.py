@@ -1,11 +1,12 @@
 """The coverage of timm's and torchvision's architectures: what is recorded, and the command that records it."""
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
 
-from attn_kernels.fuse.adapters import ADAPTERS
+from attn_kernels.fuse import Unsupported
 from benchmarks.__main__ import main
 from benchmarks.coverage import RESULTS, configuration
 from tests.fuse.cases import BUILD
@@ -44,10 +45,16 @@ def test_tails_of_resnets_are_fused(recorded):
     assert rows["efficientnet_b0"]["tails"] == "0"
 
 
+def refuse(module, attention=None):
+    raise Unsupported("is not read")
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_command(known, tmp_path, monkeypatch, capsys):
     if not known:
-        monkeypatch.setitem(ADAPTERS, "SqueezeExcitation", lambda module: None)
+        for name in ("plan_for", "find"):
+            monkeypatch.setattr(f"attn_kernels.fuse.fuse.{name}", refuse)
+        monkeypatch.setattr("attn_kernels.fuse.fuse._NAMES", re.compile("SEModule"))
     path = tmp_path / "coverage.csv"
     names = ["mobilenet_v3_small", "resnet18", "regnet_y_400mf"]
     assert main(["coverage", "--architectures", *names, "--output", str(path)]) == (not known)

@@ -94,6 +94,10 @@ class Reads:
     def class_attribute(self, cls: type, name: str, value: object) -> None:
         self._others["class", id(cls), name] = cls, value
 
+    def own_class_attribute(self, name: str, value: object) -> None:
+        """Of the class of the module itself, which is a subclass of it once the module is fused."""
+        self._modules[(), "class", name] = value
+
     def global_name(self, namespace: dict, name: str, value: object) -> None:
         self._others["global", id(namespace), name] = namespace, value
 
@@ -146,19 +150,20 @@ class Guard:
 
     changed: Callable[[nn.Module], bool]
     source: str
-    _tests: tuple[tuple[str, str], ...]
+    _tests: tuple[tuple[str, str, str], ...]
     _names: dict[str, object]
 
     def changes(self, module: nn.Module) -> list[str]:
-        """What has changed, in words; empty where nothing has."""
-        found: dict[str, None] = {}
-        for test, reason in self._tests:
-            try:
-                if eval(test, self._names, {"m": module}):
-                    found[reason] = None
-            except (KeyError, AttributeError):
-                found[f"{reason}, or it is gone"] = None
-        return list(found)
+        """What has changed, in words, once per module and thing; empty where nothing has."""
+        found: dict[str, str] = {}
+        for where, test, reason in self._tests:
+            if where not in found:
+                try:
+                    if eval(test, self._names, {"m": module}):
+                        found[where] = reason
+                except (KeyError, AttributeError):
+                    found[where] = f"{reason}, or it is gone"
+        return list(found.values())
 
 
 @functools.cache
@@ -197,8 +202,9 @@ def _guard(notes: tuple, others: tuple) -> Guard:
     body = "\n        ".join([*lines, "return False"])
     source = f"def changed(m):\n    try:\n        {body}\n    except (KeyError, AttributeError):\n        return True\n"
     exec(compile(source, "<what a fused module depends on>", "exec"), names)
-    full = [(_by_path(test, path), reason) for path, found in tests.items() for test, reason in found]
-    return Guard(names["changed"], source, (*full, *rest), names)
+    full = [(".".join(path), _by_path(test, path), reason) for path, found in tests.items() for test, reason in found]
+    full += [(reason, test, reason) for test, reason in rest]
+    return Guard(names["changed"], source, tuple(full), names)
 
 
 def _module_tests(path: Path, kind: str, name: str, value: object, constant) -> list[tuple[str, str]]:
@@ -219,6 +225,8 @@ def _module_tests(path: Path, kind: str, name: str, value: object, constant) -> 
         return [(f"{item} != {constant(list(value))}", reason)]
     if kind == "object":
         return [(f"{item} is not {constant(value)}", reason)]
+    if kind == "class":
+        return [(f"type($).{name} is not {constant(value)}", f"{name} of its class was set")]
     if kind == "missing":
         return [(f"{name!r} in $.__dict__", reason)]
     if kind == "no child":

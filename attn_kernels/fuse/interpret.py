@@ -155,7 +155,10 @@ class Interpreter:
             return self.reads.constant(owner, name)
         for base in cls.__mro__:
             if base is not nn.Module and name in vars(base):
-                self.reads.class_attribute(cls, name, getattr(cls, name))
+                if owner.path:
+                    self.reads.class_attribute(cls, name, getattr(cls, name))
+                else:
+                    self.reads.own_class_attribute(name, getattr(cls, name))
                 self.reads.missing(owner, name)
                 return self._of_class(vars(base)[name], owner)
         if name in state["_modules"]:

@@ -136,6 +136,7 @@ def module_class(original: type[nn.Module], plan: Plan, guard: Guard) -> type[nn
     return subclass(original, FusedModule, _plan=plan, _guard=guard)
 
 
+@functools.cache
 def block_class(original: type[nn.Module], fusion: Fusion) -> type[nn.Module]:
     """The subclass of ``original`` with this forward."""
     return subclass(original, FusedBlock, _fusion=fusion, _guard=fusion.guard)

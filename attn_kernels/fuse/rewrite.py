@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -115,9 +116,7 @@ class _Writer:
         return Fusion(self.compiled(source), run.reads.guard(), found, of_block, source)
 
     def compiled(self, source: str) -> Callable[[nn.Module, Tensor], Tensor]:
-        names = {**self.names, "functional": functional, "add_relu": add_relu, "alike": alike, "fits": fits}
-        exec(compile(source, f"<{type(self.run.root.module).__name__} with its attention fused>", "exec"), names)
-        return names["forward"]
+        return _compiled(source, type(self.run.root.module).__name__, tuple(self.names.items()))
 
     def steps_of(self, a: Attention) -> str:
         """The source of the steps that attention is made of, as a function of its input."""
@@ -333,6 +332,14 @@ def _index(item: object) -> str:
 def _is_harmless(child: Child) -> bool:
     """Whether a module writes to nothing but its own memory."""
     return all(type(m) in _HARMLESS for m in child.module.modules())
+
+
+@functools.cache
+def _compiled(source: str, name: str, names: tuple[tuple[str, object], ...]) -> Callable[[nn.Module, Tensor], Tensor]:
+    """The same function for the same source, so that blocks that are alike are of one class."""
+    namespace = {**dict(names), "functional": functional, "add_relu": add_relu, "alike": alike, "fits": fits}
+    exec(compile(source, f"<{name} with its attention fused>", "exec"), namespace)
+    return namespace["forward"]
 
 
 # ---- what the function calls

@@ -17,11 +17,11 @@ from tests.fuse.cases import (
     LEFT,
     C,
     CbamModule,
-    LightCbamModule,
     SEModule,
     fused,
     randomized,
     tensor,
+    timm,
     without_ties,
 )
 from tests.harness import judge
@@ -120,7 +120,7 @@ class TestModules:
     def test_parts_of_what_is_left(self):
         """What no kernel covers as a whole may hold something that one does."""
         for build, expected in (
-            (LightCbamModule, {"0.channel": "SE, gate by PyTorch"}),
+            (timm.layers.cbam.LightCbamModule, {"0.channel": "SE, gate by PyTorch"}),
             (
                 partial(CbamModule, act_layer=nn.SiLU),
                 {"0.channel": "SE, gate by PyTorch", "0.spatial": "CBAM, spatial gate"},
