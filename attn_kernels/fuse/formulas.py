@@ -58,10 +58,9 @@ def find(term: Term, module: nn.Module) -> Plan | None:
 
 
 def looks_like_attention(term: Term) -> bool:
-    """Whether a term is a product with a gate that depends on pools of x."""
-    if term.op != "mul":
-        return False
-    return any(b.op in ("sigmoid", "hardsigmoid", "tanh") and _POOLED & {p.op for p in b.parts()} for b in term.args)
+    """Whether there is a product with a gate that depends on pools of x in a term."""
+    gates = [gate for part in term.parts() if part.op == "mul" for gate in part.args]
+    return any(g.op in ("sigmoid", "hardsigmoid", "tanh") and _POOLED & {p.op for p in g.parts()} for g in gates)
 
 
 class _Finder:

@@ -42,7 +42,7 @@ TAIL = "add + ReLU"
 _KINDS = {"ChannelGate": "CBAM, channel gate", "SpatialGate": "CBAM, spatial gate"}
 # Names that people give to attention of channels or pixels; not those of transformers.
 _NAMES = re.compile(
-    r"^(SE|Se|se)(?![a-z])|SqueezeE|Squeeze_?(And_?)?Excit|scse|cse|sse|ESE|EffectiveSE|CBAM|Cbam|^BAM|Bam|SimAM|simam"
+    r"^(SE|Se|se)(?![a-z])|SqueezeE|Squeeze_?(And_?)?Excit|^[sc]+se(?![a-z])|^SCSE|^scSE|^ESE|EffectiveSE|CBAM|Cbam|^BAM|Bam|SimAM|simam"
     r"|(E|Ce|Ec)ca(Module|Layer|Block)?$|ECA|(Channel|Spatial|Coord)\w*(Att|Gate|SE)|GlobalContext$|GatherExcite|GCBlock",
 )
 _NOT_FOUND = (
@@ -185,8 +185,11 @@ class _Fuser:
             at = len(self.rows)
             inner = self.visit(child, f"{name}.")
             settled = outcome is not None and outcome.settled
-            self.blocks[child] = child if settled else self.fuse_block(child, name, inner), inner
-            if outcome is not None and not any(row.fused for row in self.rows[at:]):
+            self.blocks[child] = child if settled else self.fuse_block(child, name, inner, outcome is not None), inner
+            below = self.rows[at:]
+            if any(row.fused and row.name == name for row in below):  # with what computes its gate, if it does
+                self.rows[at:] = [row for row in below if row.fused]
+            elif outcome is not None and not any(row.fused for row in below):
                 self.rows[at:] = [outcome.row._replace(name=name)]
         return self.blocks[child][0]
 
@@ -253,11 +256,16 @@ class _Fuser:
 
     # ---- blocks
 
-    def fuse_block(self, block: nn.Module, name: str, attention: dict[Path, type[nn.Module]]) -> nn.Module:
+    def fuse_block(
+        self, block: nn.Module, name: str, attention: dict[Path, type[nn.Module]], is_known: bool
+    ) -> nn.Module:
         """The twin of a block with its attention fused, or the block itself; its rows say so."""
         names = {".".join((name, *path)) for path in attention}
         names &= {row.name for row in self.rows if row.fused}
-        if _is_container(block) or isinstance(block, Fused) or not (names or _may_have_a_gate(block)):
+        if _is_container(block) or isinstance(block, Fused):
+            return block
+        has_gate = _may_have_a_gate(block)
+        if not (names or is_known or has_gate):
             return block
         if isinstance(block, reference.models._Block):  # which hands its tail to the module
             self._note(names, tail=TAIL if block.attention == "cbam" else "")
@@ -269,6 +277,9 @@ class _Fuser:
         except Refused as reason:
             own = {f"{name}.{path[0]}" for path in attention if len(path) == 1}
             self._note(names & own, reason=f"tail not fused: its block {reason}")
+            if has_gate and not attention and not is_known and _pools_and_gates(block):
+                cls = type(block).__name__
+                self.rows.append(Row(name, cls, cls, False, reason=str(reason)))
             return block
         if fusion is None:
             return block
@@ -301,13 +312,18 @@ def _looks_like_attention(module: nn.Module, reason: Refused) -> bool:
 
 
 def _may_have_a_gate(block: nn.Module) -> bool:
-    """Whether a block's own forward pools or takes a sigmoid, as one that holds the layers of a gate does."""
-    code = getattr(type(block).forward, "__code__", None)
-    names = {*(code.co_names if code is not None else ()), *block._modules}
+    """Whether the layers of a gate, or modules that compute one, may stand on a block."""
     kinds = {type(m) for m in block._modules.values()}
-    pools = {nn.AdaptiveAvgPool2d, nn.AvgPool2d} & kinds or any("pool" in n or n == "mean" for n in names)
-    gates = {nn.Sigmoid, nn.Hardsigmoid} & kinds or any("sigmoid" in n for n in names)
-    return bool(pools and gates)
+    pools = {nn.AdaptiveAvgPool2d, nn.AvgPool2d} & kinds
+    gates = {nn.Sigmoid, nn.Hardsigmoid} & kinds
+    return bool(pools and gates) or _pools_and_gates(block) or any(_NAMES.search(kind.__name__) for kind in kinds)
+
+
+def _pools_and_gates(block: nn.Module) -> bool:
+    """Whether a block's own forward names a pool, by which it computes means, and a sigmoid."""
+    code = getattr(type(block).forward, "__code__", None)
+    names = code.co_names if code is not None else ()
+    return any("pool" in n or n == "mean" for n in names) and any("sigmoid" in n for n in names)
 
 
 def _takes_se(block: nn.Module, se: Callable) -> bool:
