@@ -23,7 +23,7 @@ from reference._common import (
 )
 
 # The layers of the two branches.
-_LAYERS = (nn.Sequential, nn.Flatten, nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU)
+_LAYERS = (nn.Flatten, nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU)
 
 
 def check_bam(x, gate_c, gate_s, *, residual=None, activation=None):
@@ -227,12 +227,13 @@ class BAM(AttentionModule):
         self.spatial_att = SpatialGate(gate_channel, reduction_ratio, dilation_conv_num, dilation_val)
 
     def is_plain(self):
-        branches = self.channel_att, self.spatial_att
-        return all(map(is_plain_layer, branches, (ChannelGate, SpatialGate))) and all(
-            type(layer) in _LAYERS and is_plain_layer(layer, type(layer))
-            for gate in (self.channel_att.gate_c, self.spatial_att.gate_s)
-            for layer in (gate, *gate)
-        )
+        channel, spatial = self.channel_att, self.spatial_att
+        gates = channel.gate_c, spatial.gate_s
+        if not (is_plain_layer(channel, ChannelGate) and is_plain_layer(spatial, SpatialGate)):
+            return False
+        if not all(is_plain_layer(gate, nn.Sequential) for gate in gates):
+            return False
+        return all(type(layer) in _LAYERS and is_plain_layer(layer, type(layer)) for gate in gates for layer in gate)
 
     def attend(self, x, residual, activation):
         if not self.is_plain():
