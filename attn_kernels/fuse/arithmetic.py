@@ -11,6 +11,7 @@ from attn_kernels.fuse.terms import (
     Number,
     Refused,
     Size,
+    Storage,
     Term,
     Value,
     number,
@@ -37,6 +38,8 @@ def binary(run: Interpreter, op: str | None, a: object, b: object):
     """``a op b`` of tensors, numbers, sizes or sequences."""
     if op is None:
         raise Refused("has an operator that is not understood")
+    if op in ("div", "floordiv", "mod") and is_number(b) and b == 0:
+        raise Refused("divides by zero")
     if is_number(a) and is_number(b):
         return _ARITHMETIC[op](a, b)
     if isinstance(a, tuple | list) and type(a) is type(b) and op == "add":
@@ -94,14 +97,10 @@ def simplified(t: Term) -> Term:
             return Term("square", t.args[0])
     if t.op == "pow" and t.args[1] is number(2):
         return Term("square", t.args[0])
-    # relu6(x + 3) / 6, and (x + 3) / 6 between 0 and 1
-    scaled = t.args[0] if t.op == "clamp_0_1" else t
-    bounded = scaled.args[0] if scaled.op == "div" and scaled.args[1] is number(6) else None
-    if bounded is not None:
-        shifted = bounded if t.op == "clamp_0_1" else None
-        if shifted is None and bounded.op in ("relu6", "clamp_0_6"):
-            shifted = bounded.args[0]
-        if shifted is not None and shifted.op == "add" and number(3) in shifted.args:
+    # Not so the clamp of (x + 3) / 6, whose gradient at its bounds is not 0.
+    if t.op == "div" and t.args[1] is number(6) and t.args[0].op == "relu6":
+        shifted = t.args[0].args[0]
+        if shifted.op == "add" and number(3) in shifted.args:
             return Term("hardsigmoid", shifted.args[shifted.args.index(number(3)) ^ 1])
     return t
 
@@ -122,7 +121,7 @@ def written(run: Interpreter, v: Value, result: Value) -> Value:
     if not same or result.expanded:
         raise Refused("writes a larger tensor in place")
     run.write(v)
-    return Value(result.term, result.shape)
+    return Value(result.term, result.shape, Storage(fresh=v.storage.fresh))
 
 
 _binary("add", "torch.add", ".add")

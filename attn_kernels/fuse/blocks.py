@@ -17,11 +17,12 @@ from torch import nn
 
 from attn_kernels.fuse import formulas, layers
 from attn_kernels.fuse.builtin import BUILTINS
+from attn_kernels.fuse.frame import Bound, Method, is_in
 from attn_kernels.fuse.guards import Child, Path, Reads, is_constant
-from attn_kernels.fuse.interpret import Bound, Interpreter, Method
+from attn_kernels.fuse.interpret import Interpreter
 from attn_kernels.fuse.plans import Plan
 from attn_kernels.fuse.registry import METHODS
-from attn_kernels.fuse.terms import Refused, Size, Term, Value, X
+from attn_kernels.fuse.terms import Refused, Size, Storage, Term, Value, X
 
 # What is called as it is where its result is not understood: it writes nothing but, by its name, its first argument.
 _METHODS = """
@@ -92,7 +93,7 @@ class BlockInterpreter(Interpreter):
         self.steps: list[Step] = []
         self.found: list[Attention] = []
         self._recording = True
-        self.input = self.record(Step("x", ()), Value(Term("map", 0), _symbols(0)))
+        self.input = self.record(Step("x", ()), Value(Term("map", 0), _symbols(0), Storage(fresh=False)))
 
     # ---- recording
 
@@ -110,7 +111,7 @@ class BlockInterpreter(Interpreter):
     def opaque(self, is_map: bool) -> Value:
         """A tensor of which nothing is known, but that it has 4 dimensions if it is a map."""
         at = len(self.steps)
-        return Value(Term("map" if is_map else "output", at), _symbols(at))
+        return Value(Term("map" if is_map else "output", at), _symbols(at), Storage(fresh=False))
 
     def is_map(self, v: Value) -> bool:
         """Whether it is known of what v is made that it has 4 dimensions."""
@@ -130,12 +131,19 @@ class BlockInterpreter(Interpreter):
         return super().tensor_attribute(v, name)
 
     def _note_maps(self, v: Value) -> None:
-        """That v has 4 dimensions follows from the layers that made it."""
-        for part in v.term.parts():
-            if part.op == "map" and part.args[0] > 0:
-                step = self.steps[part.args[0]]
-                if isinstance(step.target, Child) and step.target.path not in self.attention:
-                    self.reads.kind(step.target)
+        """That v has 4 dimensions, and the sizes that it has, follows from the layers that made it."""
+        seen, todo = set(), [v.step]
+        while todo:
+            at = todo.pop()
+            if at in seen:
+                continue
+            seen.add(at)
+            step = self.steps[at]
+            if isinstance(step.target, Child) and step.target.path not in self.attention:
+                self.reads.kind(step.target)
+                if step.result is not None and step.result.term.op not in ("map", "output"):
+                    self.reads.update(step.reads)
+            todo += [operand.step for operand in step.operands()]
 
     # ---- steps
 
@@ -206,7 +214,7 @@ class BlockInterpreter(Interpreter):
                 self.found.append(Attention(args[0], at, at, child.path))
             return result
         result = None
-        reads, self.reads, self._recording, norms = self.reads, step.reads, False, list(self.norms)
+        reads, self.reads, self._recording, norms = self.reads, step.reads, False, dict(self.norms)
         try:
             result = super().call_module(child, args, kwargs)
         except Refused:
@@ -214,7 +222,7 @@ class BlockInterpreter(Interpreter):
         finally:
             self.reads, self._recording = reads, True
         first = args[0] if args and isinstance(args[0], Value) else None
-        step.fresh = isinstance(result, Value) and all(result.storage is not v.storage for v in step.operands())
+        step.fresh = isinstance(result, Value) and result.storage.fresh
         is_leaf = layers.find(type(child.module)) is not None
         if isinstance(result, Value) and result is first:
             step.passes = True
@@ -249,7 +257,8 @@ class BlockInterpreter(Interpreter):
         if inside is None:
             return None
         names = dict(zip(symbols, (s[0] for s in symbols), strict=True))
-        plan = formulas.find(_renamed(result.term.replace(x.term, X), names), self.root.module)
+        term = _renamed(result.term.replace(x.term, X), names)
+        plan = formulas.find(term, self.root.module, self.reads)
         if plan is None:
             return None
         channels = x.shape[1].factor if not x.shape[1].symbols else self._channels.get(x.shape[1].symbols[0])
@@ -279,13 +288,6 @@ def _copy(v: Value, step: int, item: int | None) -> Value:
 
 def _symbols(at: int) -> list[Size]:
     return [Size(1, (f"{letter}{at}",)) for letter in "NCHW"]
-
-
-def is_in(function: object, known) -> bool:
-    try:
-        return function in known
-    except TypeError:
-        return False
 
 
 def _is_passable(value: object) -> bool:

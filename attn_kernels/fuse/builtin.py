@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from attn_kernels.fuse import reductions  # noqa: F401, whose functions register themselves
-from attn_kernels.fuse.arithmetic import binary
 from attn_kernels.fuse.registry import FUNCTIONS, METHODS, VIEWS, Operation, is_number
 from attn_kernels.fuse.terms import Refused, Value
 
@@ -42,7 +41,7 @@ def _len(run: Interpreter, value: object) -> int:
 
 
 def _sum(run: Interpreter, values: object, start: object = 0):
-    return functools.reduce(lambda a, b: binary(run, "add", a, b), run.items(values), start)
+    return functools.reduce(lambda a, b: run.binary("add", a, b), run.items(values), start)
 
 
 def _float(run: Interpreter, value: object) -> float:
@@ -87,4 +86,6 @@ BUILTINS: dict[str, Operation] = {
     "tuple": _tuple,
 }
 VIEWS.update(BUILTINS.values())
+# They go through a generator at once.
+CONSUMERS = {_sum, _list, _tuple}
 IMPLEMENTATIONS = {*FUNCTIONS.values(), *METHODS.values(), *BUILTINS.values()}

@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attn_kernels.fuse.guards import Path
-from attn_kernels.fuse.terms import Term, X
-
-_DIMS = {"C": 1, "H": 2, "W": 3}
+from attn_kernels.fuse.terms import Term
 
 
 def layer_at(module: nn.Module, path: Path) -> nn.Module:
@@ -55,7 +53,7 @@ def _function(source: str) -> Callable[..., Tensor]:
 def _expression(t: Term, names: dict[Term, str], module: nn.Module) -> str:
     operands = [names[a] for a in t.args if isinstance(a, Term)]
     match t.op:
-        case "fc" | "conv" | "bn" | "conv1d":
+        case "fc" | "bn" | "conv1d":
             path = t.args[0]
             call = f"layer(m, {path!r})"
             kind = type(layer_at(module, path))
@@ -64,33 +62,14 @@ def _expression(t: Term, names: dict[Term, str], module: nn.Module) -> str:
             if issubclass(kind, nn.Conv1d):
                 return f"{call}({operands[0]}.flatten(1)[:, None])[:, 0, :, None, None]"
             return f"{call}({operands[0]})"
-        case "mean" | "sum" | "amax" | "max" | "logsumexp" | "lp":
-            return _reduction(t.op, operands[0], t.args[1])
-        case "add" | "sub" | "mul" | "div" | "pow":
-            sign = {"add": "+", "sub": "-", "mul": "*", "div": "/", "pow": "**"}[t.op]
+        case "add" | "sub" | "mul" | "div":
+            sign = {"add": "+", "sub": "-", "mul": "*", "div": "/"}[t.op]
             return f"{operands[0]} {sign} {operands[1]}"
-        case "cat":
-            return f"torch.cat([{', '.join(operands)}], 1)"
-        case "size":
-            sizes = [f"{names.get(X, 'x')}.shape[{'NCHW'.index(letter)}]" for letter in t.args[1]]
-            return " * ".join([str(t.args[0]), *sizes])
         case "square":
             return f"{operands[0]} ** 2"
         case "clamp_0_1" | "clamp_0_6":
             return f"{operands[0]}.clamp(0, {t.op[-1]})"
-        case "exp" | "log" | "sigmoid" | "tanh" | "relu":
+        case "exp" | "sigmoid" | "tanh" | "relu":
             return f"torch.{t.op}({operands[0]})"
         case _:
             return f"F.{t.op}({', '.join([operands[0], *map(repr, t.args[1:])])})"
-
-
-def _reduction(op: str, operand: str, names: frozenset) -> str:
-    dims = sorted(_DIMS[name] for name in names)
-    if op == "lp":
-        return f"torch.linalg.vector_norm({operand}, dim={dims}, keepdim=True)"
-    if op != "max":
-        return f"torch.{op}({operand}, dim={dims}, keepdim=True)"
-    if dims == [2, 3]:
-        return f"{operand}.flatten(2).max(2).values[:, :, None, None]"
-    (dim,) = dims
-    return f"{operand}.max({dim}, keepdim=True).values"

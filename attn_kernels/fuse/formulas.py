@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import nn
 
 from attn_kernels.fuse.evaluate import compiled, layer_at
-from attn_kernels.fuse.guards import Child, Path
+from attn_kernels.fuse.guards import Child, Path, Reads
 from attn_kernels.fuse.interpret import Interpreter
 from attn_kernels.fuse.plans import (
     BAMPlan,
@@ -24,10 +24,12 @@ from attn_kernels.fuse.plans import (
     SpatialGatePlan,
 )
 from attn_kernels.fuse.terms import Refused, Size, Term, Value, X, number
+from reference.cbam import POOLS
 from reference.se import ACTIVATIONS
 
 PLANE, CHANNELS = frozenset("HW"), frozenset("C")
 _POOLED = {"mean", "sum", "max", "amax", "lp", "logsumexp"}
+LIMIT = 200  # parts of a term: attention has far fewer
 _SCALED = Term("x scaled by its channels")
 ELEMENTWISE = {
     *("relu", "relu6", "sigmoid", "hardsigmoid", "silu", "hardswish", "gelu", "tanh", "mish", "leaky_relu", "elu"),
@@ -52,9 +54,14 @@ class _Gate(NamedTuple):
     pools: tuple[Pool, ...]
 
 
-def find(term: Term, module: nn.Module) -> Plan | None:
-    """The plan of a module that computes ``term``; None where no kernel computes it."""
-    return _Finder(module).find(term)
+def find(term: Term, module: nn.Module, reads: Reads) -> Plan | None:
+    """The plan of a module that computes ``term``; None where no kernel computes it.
+
+    ``reads`` takes what the plan depends on beside the term.
+    """
+    if len(term.parts()) > LIMIT:
+        return None
+    return _Finder(module, reads).find(term)
 
 
 def looks_like_attention(term: Term) -> bool:
@@ -64,8 +71,10 @@ def looks_like_attention(term: Term) -> bool:
 
 
 class _Finder:
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module, reads: Reads):
         self.module = module
+        self.reads = reads
+        self._widths: dict[Term, int | None] = {}
 
     def find(self, term: Term) -> Plan | None:
         if term.op != "mul":
@@ -103,6 +112,11 @@ class _Finder:
 
     def gives(self, t: Term) -> int | None:
         """How many channels a term of pools has; None for as many as x."""
+        if t not in self._widths:
+            self._widths[t] = self._gives(t)
+        return self._widths[t]
+
+    def _gives(self, t: Term) -> int | None:
         if t.op in ("fc", "conv"):
             layer = self.layer(t.args[0])
             return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
@@ -126,6 +140,8 @@ class _Finder:
         """One MLP of several pools, added up."""
         found, todo = [], [t]
         while todo:
+            if len(found) > len(POOLS):
+                return None
             part = todo.pop()
             if part.op == "add" and self.pool(part) is None:
                 todo += part.args[::-1]
@@ -170,8 +186,14 @@ class _Finder:
         """Any gate that PyTorch computes from the mean and maximum of the planes."""
         pools: dict[Term, Pool] = {}
         layers: dict[Path, None] = {}
+        seen: dict[Term, bool] = {}
 
         def is_closed(t: Term) -> bool:
+            if t not in seen:
+                seen[t] = is_understood(t)
+            return seen[t]
+
+        def is_understood(t: Term) -> bool:
             if (pool := self.pool(t)) is not None and pool.name in ("avg", "max"):
                 pools[t] = pool
                 return True
@@ -294,6 +316,7 @@ class _Finder:
             result = run.call_module(Child(common, layer), (value,), {})
         except Refused:
             return None
+        self.reads.update(run.reads)
         wide = result.shape[1] if pool is not None else c
         return common if result.term is t and (pool is None or run.same(wide, c)) else None
 

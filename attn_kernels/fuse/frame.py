@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ast
 import operator
+from collections import ChainMap
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
-from attn_kernels.fuse.builtin import BUILTINS, IMPLEMENTATIONS
+from attn_kernels.fuse.builtin import BUILTINS, CONSUMERS, IMPLEMENTATIONS
 from attn_kernels.fuse.guards import CONSTANTS, Child, is_constant
 from attn_kernels.fuse.registry import FUNCTIONS, Operation, is_number
 from attn_kernels.fuse.terms import Number, Refused, Size, Unknown, Value
@@ -49,6 +50,14 @@ def kind_of(value: object) -> str:
     if isinstance(value, Size | Number):
         return "sizes of x"
     return "values of tensors" if isinstance(value, Value) else type(value).__name__
+
+
+def is_in(value: object, known) -> bool:
+    """Whether ``value``, hashable or not, is one of ``known``."""
+    try:
+        return value in known
+    except TypeError:
+        return False
 
 
 def operation_of(function: object) -> Operation | None:
@@ -109,6 +118,7 @@ class Frame:
     # ---- statements
 
     def execute(self, statement: ast.stmt) -> _Return | None:
+        self.interpreter.count()
         match statement:
             case ast.Return(value=value):
                 return _Return(None if value is None else self.evaluate(value))
@@ -206,6 +216,7 @@ class Frame:
             reads.global_name(function.__globals__, name, value)
             return value
         if name in BUILTINS:
+            reads.no_global(function.__globals__, name)
             return BUILTINS[name]
         raise Refused(f"uses {name}")
 
@@ -270,7 +281,7 @@ class Frame:
                 raise Refused(f"has a branch on {kind_of(left)}")
             return (left is right) is isinstance(comparison, ast.Is)
         for value in (left, right):
-            if not is_constant(value) and not (type(value) is list and all(map(is_constant, value))):
+            if not is_constant(value) and not (isinstance(value, list) and all(map(is_constant, value))):
                 raise Refused(f"has a branch on {kind_of(value)}")
         try:
             return _COMPARISONS[type(comparison)](left, right)
@@ -306,18 +317,16 @@ class Frame:
             found.append(slice(None) if is_full else item.value)
         return found
 
-    def _GeneratorExp(self, node: ast.GeneratorExp | ast.ListComp) -> list:
+    def _ListComp(self, node: ast.GeneratorExp | ast.ListComp) -> list:
         if len(node.generators) != 1 or node.generators[0].ifs or node.generators[0].is_async:
             raise self.refused("has a comprehension with conditions", node)
         (generator,) = node.generators
-        inner = Frame(self.interpreter, self.function, dict(self.variables))
+        inner = Frame(self.interpreter, self.function, ChainMap({}, self.variables))
         found = []
         for item in self.interpreter.items(self.evaluate(generator.iter)):
             inner.assign(generator.target, item)
             found.append(inner.evaluate(node.elt))
         return found
-
-    _ListComp = _GeneratorExp
 
     def _Lambda(self, node: ast.Lambda) -> Thunk:
         a = node.args
@@ -329,7 +338,8 @@ class Frame:
         if isinstance(node.func, ast.Name) and node.func.id == "super":
             return self.super(node)
         function = self.evaluate(node.func)
-        args, kwargs = self.sequence(node.args), {}
+        consumed = is_in(function, CONSUMERS) and len(node.args) == 1 and isinstance(node.args[0], ast.GeneratorExp)
+        args, kwargs = (self._ListComp(node.args[0]),) if consumed else self.sequence(node.args), {}
         for keyword in node.keywords:
             if keyword.arg is None:
                 raise self.refused("passes **keywords", node)

@@ -23,6 +23,8 @@ from attn_kernels.fuse.modules import (
     FusedModule,
     FusedReference,
     block_class,
+    check_names,
+    is_gate,
     module_class,
     reference_class,
     seen_as,
@@ -151,7 +153,6 @@ class _Fuser:
         self.swaps: list[Swap] = []
         self.outcomes: dict[nn.Module, _Outcome | None] = {}
         self.blocks: dict[nn.Module, tuple[nn.Module, dict[Path, type[nn.Module]]]] = {}
-        self.checked: dict[tuple[Plan, Guard], str] = {}
 
     def is_attention(self, module: nn.Module) -> bool:
         """Whether a module as a whole is attention, fused or known."""
@@ -168,7 +169,7 @@ class _Fuser:
             twin = None if outcome is None else outcome.twin
             if outcome is not None and (twin is not None or isinstance(child, (Fused, *OURS))):
                 self.rows.append(outcome.row._replace(name=prefix + name))
-                if isinstance(twin or child, (FusedModule, *OURS)):
+                if is_gate(twin or child):
                     attention[(name,)] = type(twin or child)
             else:
                 twin = self.descend(child, prefix + name, outcome)
@@ -233,8 +234,7 @@ class _Fuser:
     def _accepted(self, module: nn.Module, name: str) -> bool:
         if self.filter_fn is not None and not self.filter_fn(module, name):
             raise Refused("filter_fn")
-        if "forward" in vars(module):
-            raise Refused("has another forward on the instance than its class's")
+        check_names(module)
         return True
 
     def checked_plan(self, module: nn.Module, plan: Plan, guard: Guard) -> Plan:
@@ -246,12 +246,9 @@ class _Fuser:
         for t in plan.tensors(module):
             if t is not None and (type(t) not in PLAIN_TENSORS or t.dtype not in DTYPES):
                 raise Refused(f"has a parameter that is a {type(t).__name__} of {t.dtype}")
-        # A guard stands for everything that the plan was found to depend on.
-        key = plan, guard
-        if key not in self.checked:
-            self.checked[key] = check.disagreement(module, plan)
-        if self.checked[key]:
-            raise Refused(self.checked[key])
+        reason = check.verdict(module, plan, guard)
+        if reason:
+            raise Refused(reason)
         return plan if self.exact_ties else replace(plan, ties=False)
 
     # ---- blocks
@@ -271,9 +268,9 @@ class _Fuser:
             self._note(names, tail=TAIL if block.attention == "cbam" else "")
             return block
         try:
-            if "forward" in vars(block):
-                raise Refused("its block has another forward on the instance than its class's")
-            fusion = find(block, attention)
+            check_names(block)
+            fusion = find(block, attention, self.exact_ties)
+            twin = None if fusion is None else seen_as(block, block_class(type(block), fusion))
         except Refused as reason:
             own = {f"{name}.{path[0]}" for path in attention if len(path) == 1}
             self._note(names & own, reason=f"tail not fused: its block {reason}")
@@ -293,7 +290,7 @@ class _Fuser:
                 return block
             self.rows.append(row._replace(fused=True, tail=TAIL if gate.tail else ""))
         self._note({".".join((name, *path)) for path in fusion.tails}, tail=TAIL)
-        return seen_as(block, block_class(type(block), fusion))
+        return twin
 
     def _note(self, names: set[str], **changes: str) -> None:
         self.rows = [row._replace(**changes) if row.name in names else row for row in self.rows]

@@ -37,6 +37,10 @@ def is_constant(value: object) -> bool:
     return type(value) in CONSTANTS or (type(value) is tuple and all(map(is_constant, value)))
 
 
+class ReadOnlyList(list):
+    """A list of a module."""
+
+
 class Reads:
     """Notes of what was read: of the module and its children by their paths, and of functions, classes and globals."""
 
@@ -50,14 +54,17 @@ class Reads:
         """Its class, or the one that it will have, and that nothing but its class's forward runs when it is called."""
         self._modules[child.path, "kind", ""] = cls or type(child.module)
 
+    def type(self, child: Child) -> None:
+        """Its class, of which something was read."""
+        if child.path:
+            self._modules[child.path, "type", ""] = type(child.module)
+
     def constant(self, child: Child, name: str):
-        """An attribute of the instance, which is returned, a list as a tuple."""
+        """An attribute of the instance, which is returned; a list may be looked at only."""
         value = vars(child.module)[name]
-        if type(value) is list:
-            value = tuple(value)
-            if is_constant(value):
-                self._modules[child.path, "list", name] = value
-                return value
+        if type(value) is list and is_constant(tuple(value)):
+            self._modules[child.path, "list", name] = tuple(value)
+            return ReadOnlyList(value)
         if not is_constant(value):
             raise Refused(f"reads {name} of {child.name}, a {type(value).__name__}")
         self._modules[child.path, "constant", name] = value
@@ -74,7 +81,8 @@ class Reads:
     def absent(self, child: Child, name: str) -> None:
         """That there is nothing of that name."""
         self.missing(child, name)
-        self._modules[child.path, "no child", name] = None
+        for names in ("_modules", "_parameters", "_buffers"):
+            self._modules[child.path, names, name] = None
         self._others["absent", id(type(child.module)), name] = type(child.module), None
 
     def child(self, child: Child, name: str) -> None:
@@ -82,12 +90,13 @@ class Reads:
         self._modules[child.path, "child", name] = child.module._modules[name] is None
 
     def children(self, child: Child) -> None:
-        """How many children there are."""
-        self._modules[child.path, "children", ""] = len(child.module._modules)
+        """The names of the children, in their order."""
+        self._modules[child.path, "children", ""] = tuple(child.module._modules)
 
     def parameter(self, child: Child, name: str) -> None:
-        """Whether a parameter is None."""
-        self._modules[child.path, "parameter", name] = child.module._parameters[name] is None
+        """Whether a parameter is None, or else its shape."""
+        p = child.module._parameters[name]
+        self._modules[child.path, "parameter", name] = None if p is None else tuple(p.shape)
 
     # ---- of everything else
 
@@ -100,6 +109,14 @@ class Reads:
 
     def global_name(self, namespace: dict, name: str, value: object) -> None:
         self._others["global", id(namespace), name] = namespace, value
+
+    def no_global(self, namespace: dict, name: str) -> None:
+        """That a module has no global of that name, which would hide a builtin."""
+        self._others["no global", id(namespace), name] = namespace, None
+
+    def not_in_class(self, cls: type, name: str) -> None:
+        """That a class, which ``super()`` passes over, has no attribute of that name."""
+        self._others["not in class", id(cls), name] = cls, None
 
     def module_name(self, module: ModuleType | object, name: str, value: object) -> None:
         self._others["module", id(module), name] = module, value
@@ -215,7 +232,9 @@ def _module_tests(path: Path, kind: str, name: str, value: object, constant) -> 
             return []
         kind_test = f"type($) is not {constant(value)}", f"{where} is no longer a {value.__name__}"
         hooks = [(f"$.__dict__[{hook!r}]", f"hooks on {where}") for hook in HOOKS]
-        return [kind_test, *hooks, ("'forward' in $.__dict__", f"the forward of {where} was replaced on the instance")]
+        patched = f"the forward of {where} was replaced on the instance"
+        instance = [(f"{name!r} in $.__dict__", patched) for name in ("forward", "_call_impl")]
+        return [kind_test, *hooks, *instance]
     reason = f"{where}.{name} was set" if path else f"{name} was set"
     item = f"$.__dict__[{name!r}]"
     if kind == "constant":
@@ -229,12 +248,20 @@ def _module_tests(path: Path, kind: str, name: str, value: object, constant) -> 
         return [(f"type($).{name} is not {constant(value)}", f"{name} of its class was set")]
     if kind == "missing":
         return [(f"{name!r} in $.__dict__", reason)]
-    if kind == "no child":
-        return [(f"{name!r} in $._modules", reason)]
+    if kind in ("_modules", "_parameters"):
+        return [(f"{name!r} in $.{kind}", reason)]
+    if kind == "_buffers":
+        return [(f"{name!r} in $.__dict__['_buffers']", reason)]
+    if kind == "type":
+        return [(f"type($) is not {constant(value)}", f"{where} is no longer a {value.__name__}")]
     if kind == "children":
-        return [(f"len($._modules) != {value}", f"{where} has other children than it had")]
-    owner = "_modules" if kind == "child" else "_parameters"
-    return [(f"$.{owner}[{name!r}] is {'not ' if value else ''}None", reason)]
+        return [(f"tuple($._modules) != {constant(value)}", f"{where} has other children than it had")]
+    if kind == "child":
+        return [(f"$._modules[{name!r}] is {'not ' if value else ''}None", reason)]
+    item = f"$._parameters[{name!r}]"
+    return [
+        (f"{item} is not None" if value is None else f"{item} is None or {item}.shape != {constant(value)}", reason)
+    ]
 
 
 def _by_path(test: str, path: Path) -> str:
@@ -247,6 +274,10 @@ def _by_path(test: str, path: Path) -> str:
 def _other_test(kind: str, name: str, owner: object, value: object, constant) -> tuple[str, str]:
     if kind == "global":
         return f"{constant(owner)}[{name!r}] is not {constant(value)}", f"the global {name} was set"
+    if kind == "no global":
+        return f"{name!r} in {constant(owner)}", f"the global {name} was set"
+    if kind == "not in class":
+        return f"{name!r} in {constant(owner)}.__dict__", f"{owner.__qualname__}.{name} was set"
     if kind == "absent":
         return f"hasattr({constant(owner)}, {name!r})", f"{owner.__qualname__}.{name} was set"
     if kind == "cell":

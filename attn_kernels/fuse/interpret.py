@@ -11,19 +11,19 @@ import ast
 from collections.abc import Sequence
 from types import FunctionType, ModuleType
 
-from torch import nn
+from torch import Tensor, nn
 
 from attn_kernels.fuse import layers
 from attn_kernels.fuse.arithmetic import binary, written
 from attn_kernels.fuse.frame import Bound, Frame, Method, Super, Thunk, kind_of, operation_of
 from attn_kernels.fuse.guards import HOOKS, Child, Reads, is_constant
 from attn_kernels.fuse.reductions import Maximum
-from attn_kernels.fuse.registry import METHODS, VIEWS
+from attn_kernels.fuse.registry import METHODS, PRISTINE_METHODS, VIEWS
 from attn_kernels.fuse.source import tree
 from attn_kernels.fuse.terms import ONE, Refused, Size, Storage, Term, Unknown, Value, X
 from attn_kernels.fuse.views import relayout
 
-LIMIT_CALLS, LIMIT_DEPTH, LIMIT_ITEMS = 400, 20, 100
+LIMIT_STEPS, LIMIT_DEPTH, LIMIT_ITEMS = 1500, 20, 100
 TRAINING = Unknown("whether it is training")
 _KNOWN_MODULES = ("torch", "math")
 
@@ -45,9 +45,9 @@ class Interpreter:
     def __init__(self, module: nn.Module):
         self.root = Child((), module)
         self.reads = Reads()
-        self.norms: list[Term] = []
+        self.norms: dict[Term, nn.Module] = {}
         self._channels: dict[str, int] = {}
-        self._calls = 0
+        self._steps = 0
         self._depth = 0
 
     @property
@@ -76,6 +76,12 @@ class Interpreter:
                 return self._known(Size(s.factor * self._channels[symbol], tuple(rest)))
         return s
 
+    def count(self) -> None:
+        """Refuse what takes more steps than attention or a block does."""
+        self._steps += 1
+        if self._steps > LIMIT_STEPS:
+            raise Refused("computes more than an attention module does")
+
     def alive(self, *values: object) -> None:
         """Refuse tensors whose memory was written since."""
         for value in values:
@@ -100,6 +106,8 @@ class Interpreter:
         """``owner.name``."""
         if not isinstance(name, str):
             raise Refused("asks for an attribute whose name is not constant")
+        if name.startswith("__"):
+            raise Refused(f"asks for {name}, which its class may rename")
         if isinstance(owner, Child):
             return self.module_attribute(owner, name)
         if isinstance(owner, Value):
@@ -115,7 +123,9 @@ class Interpreter:
             return value
         if isinstance(owner, Super):
             for cls in owner.classes:
-                if name in vars(cls):
+                if name not in vars(cls):
+                    self.reads.not_in_class(cls, name)
+                else:
                     self.reads.class_attribute(cls, name, getattr(cls, name))
                     return self._of_class(vars(cls)[name], owner.owner)
         if isinstance(owner, Maximum) and name == "values":
@@ -131,6 +141,9 @@ class Interpreter:
         if name == "ndim":
             return len(v.shape)
         if name in METHODS:
+            if getattr(Tensor, name) is not PRISTINE_METHODS[name]:
+                raise Refused(f"has another Tensor.{name} than PyTorch's")
+            self.reads.module_name(Tensor, name, PRISTINE_METHODS[name])
             return Bound(Method(name), v)
         raise Refused(f"asks for {name} of a tensor")
 
@@ -138,13 +151,8 @@ class Interpreter:
         state, cls = vars(owner.module), type(owner.module)
         if name == "training":
             return TRAINING if owner.path == () else Unknown("whether a layer is training")
-        for base in cls.__mro__:
-            if base is nn.Module:
-                break
-            if "__getattr__" in vars(base) or "__getattribute__" in vars(base):
-                raise Refused(f"has a __getattr__ of its own, {base.__name__}'s")
-            if hasattr(type(vars(base).get(name)), "__set__"):
-                raise Refused(f"reads {name}, a property")
+        self.reads.type(owner)
+        _check_class(cls, name)
         if name in state:
             value = state[name]
             if callable(value):
@@ -177,6 +185,8 @@ class Interpreter:
         if not isinstance(owner, Child) or not isinstance(name, str):
             raise Refused("asks whether something has an attribute")
         module, state = owner.module, vars(owner.module)
+        _check_class(type(module), name)
+        self.reads.type(owner)
         if hasattr(type(module), name) or any(name in state[d] for d in ("_modules", "_parameters", "_buffers")):
             return False
         if name in state:
@@ -220,6 +230,7 @@ class Interpreter:
 
     def binary(self, op: str | None, a: object, b: object):
         """``a op b``."""
+        self.count()
         self.alive(a, b)
         result = binary(self, op, a, b)
         self.used((a, b), {})
@@ -256,9 +267,7 @@ class Interpreter:
     def call(self, function: object, args: tuple, kwargs: dict):
         """``function(*args, **kwargs)``."""
         self.alive(*args, *kwargs.values())
-        self._calls += 1
-        if self._calls > LIMIT_CALLS:
-            raise Refused("computes more than an attention module does")
+        self.count()
         if isinstance(function, Child):
             return self.call_module(function, args, kwargs)
         if isinstance(function, Thunk):
@@ -281,7 +290,9 @@ class Interpreter:
     def call_operation(self, function: object, args: tuple, kwargs: dict):
         """A function or method of PyTorch, or a builtin."""
         self.alive(*args)
-        operation = METHODS[function.name] if isinstance(function, Method) else operation_of(function)
+        operation = METHODS.get(function.name) if isinstance(function, Method) else operation_of(function)
+        if operation is None:
+            raise Refused(f"calls {getattr(function, '__qualname__', getattr(function, 'name', function))}")
         try:
             result = operation(self, *args, **kwargs)
         except (TypeError, AttributeError, ValueError, OverflowError, ZeroDivisionError):
@@ -320,6 +331,8 @@ class Interpreter:
         self.reads.kind(child)
         if cls.__call__ is not nn.Module.__call__ or cls._call_impl is not nn.Module._call_impl:
             raise Refused(f"has a __call__ of its own, {cls.__name__}'s")
+        if child.path:
+            self.reads.class_attribute(cls, "__call__", cls.__call__)
         if "_call_impl" in state or "__call__" in state:
             raise Refused(f"has a __call__ of its own, of {child.name}")
         if "forward" in state:
@@ -357,6 +370,17 @@ class Interpreter:
         if result.storage is not args[0].storage:
             args[0].storage.used = True
         return result
+
+
+def _check_class(cls: type, name: str) -> None:
+    """Refuse a class that decides by code of its own what an attribute is."""
+    for base in cls.__mro__:
+        if base in (nn.Module, object):
+            continue
+        if "__getattr__" in vars(base) or "__getattribute__" in vars(base):
+            raise Refused(f"has a __getattr__ of its own, {base.__name__}'s")
+        if hasattr(type(vars(base).get(name)), "__set__"):
+            raise Refused(f"reads {name}, a property")
 
 
 def _bound(function: FunctionType, names: ast.arguments, args: tuple, kwargs: dict) -> dict:

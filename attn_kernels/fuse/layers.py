@@ -59,6 +59,9 @@ def linear(run: Interpreter, layer: Child, v: Value) -> Value:
 def convolution(run: Interpreter, layer: Child, v: Value) -> Value:
     """Of a vector of channels, which a 1x1 convolution takes, of a whole map, or, in one dimension, over channels."""
     name = layer.name
+    if "_conv_forward" in vars(layer.module):
+        raise Refused(f"has another forward in {name} than its class's")
+    run.reads.missing(layer, "_conv_forward")
     takes, gives, kernel, stride, padding, dilation, groups, mode = _own(
         run, layer, "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups",
         "padding_mode",
@@ -89,9 +92,9 @@ def batch_norm(run: Interpreter, layer: Child, v: Value) -> Value:
     if len(v.shape) != (4 if isinstance(layer.module, nn.BatchNorm2d) else 2):
         raise Refused(f"applies {layer.name} to a tensor of {len(v.shape)} dimensions")
     term = Term("bn", layer.path, v.term)
-    if term in run.norms:
+    if any(layer.module is other for other in run.norms.values()):
         raise Refused(f"calls {layer.name} twice")
-    run.norms.append(term)
+    run.norms[term] = layer.module
     return Value(term, v.shape)
 
 
@@ -113,6 +116,12 @@ def _elementwise(name: str, *options: str) -> Callable[[Interpreter, Child, Valu
         return elementwise(run, name, v, inplace, *_own(run, layer, *options))
 
     return call
+
+
+def _relu6(run: Interpreter, layer: Child, v: Value) -> Value:
+    if _own(run, layer, "min_val", "max_val") != [0, 6]:
+        raise Refused(f"has other bounds in {layer.name} than 0 and 6")
+    return elementwise(run, "relu6", v, *_own(run, layer, "inplace"))
 
 
 def _gelu(run: Interpreter, layer: Child, v: Value) -> Value:
@@ -155,10 +164,10 @@ def _identity(run: Interpreter, layer: Child, v: Value) -> Value:
 _NORM = (F, "batch_norm")
 LAYERS: dict[type, Layer] = {
     nn.Linear: Layer(linear, ((F, "linear"),)),
-    nn.Conv2d: Layer(convolution, ((F, "conv2d"),)),
-    nn.Conv1d: Layer(convolution, ((F, "conv1d"),)),
-    nn.BatchNorm1d: Layer(batch_norm, (_NORM,)),
-    nn.BatchNorm2d: Layer(batch_norm, (_NORM,)),
+    nn.Conv2d: Layer(convolution, ((F, "conv2d"), (nn.Conv2d, "_conv_forward"))),
+    nn.Conv1d: Layer(convolution, ((F, "conv1d"), (nn.Conv1d, "_conv_forward"))),
+    nn.BatchNorm1d: Layer(batch_norm, (_NORM, (nn.BatchNorm1d, "_check_input_dim"))),
+    nn.BatchNorm2d: Layer(batch_norm, (_NORM, (nn.BatchNorm2d, "_check_input_dim"))),
     nn.Dropout: Layer(_dropout, ((F, "dropout"),)),
     nn.Identity: Layer(_identity, ()),
     nn.Flatten: Layer(_flatten, ()),
@@ -166,7 +175,7 @@ LAYERS: dict[type, Layer] = {
     nn.AdaptiveMaxPool2d: Layer(_adaptive_max_pool, ((F, "adaptive_max_pool2d"),)),
     nn.AvgPool2d: Layer(_avg_pool, ((F, "avg_pool2d"),)),
     nn.ReLU: Layer(_elementwise("relu"), ((F, "relu"),)),
-    nn.ReLU6: Layer(_elementwise("relu6"), ()),
+    nn.ReLU6: Layer(_relu6, ((F, "hardtanh"),)),
     nn.Sigmoid: Layer(_elementwise("sigmoid"), ((torch, "sigmoid"),)),
     nn.Tanh: Layer(_elementwise("tanh"), ((torch, "tanh"),)),
     nn.SiLU: Layer(_elementwise("silu"), ((F, "silu"),)),

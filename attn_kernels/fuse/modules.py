@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 import reference
 from attn_kernels import functional, modules
+from attn_kernels.fuse import check
 from attn_kernels.fuse.adapters import plan_for
+from attn_kernels.fuse.evaluate import layer_at
 from attn_kernels.fuse.guards import Guard, Path
 from attn_kernels.fuse.plans import Plan
 from attn_kernels.fuse.rewrite import Fusion, find
@@ -44,6 +46,10 @@ class Fused:
             return False
         return True
 
+    def is_unchanged(self) -> bool:
+        """Whether everything that the formula depends on is what it was."""
+        return not self._guard.changed(self)
+
     def why_not(self, x: object) -> list[str]:
         """Why a call on ``x`` does not take the fused path; empty where it does."""
         if type(x) not in PLAIN_TENSORS:
@@ -62,7 +68,8 @@ class Fused:
 
     def __reduce_ex__(self, protocol):
         plan = getattr(self, "_plan", None)
-        return _rebuild, (self._original, plan is None, plan is None or plan.ties), state_of(self)
+        ties = self._fusion.exact_ties if plan is None else plan.ties
+        return _rebuild, (self._original, plan is None, ties), state_of(self)
 
     def __prepare_scriptable__(self):
         name = self._original.__name__
@@ -111,9 +118,20 @@ class FusedBlock(Fused):
             return self._fusion.forward(self, args[0])
         return super().forward(*args, **kwargs)
 
+    def is_fused(self, x):
+        return super().is_fused(x) and all(is_unchanged(layer_at(self, path)) for path in self._fusion.deferred)
+
     def why_not(self, x):
         reasons = super().why_not(x)
+        for path in () if reasons else self._fusion.deferred:
+            if not is_unchanged(layer_at(self, path)):
+                reasons.append(f"{'.'.join(path)} has changed, and steps of the block run before it now")
         return reasons or [reason for gate in self._fusion.inline for reason in gate.plan.why_not(self, x)]
+
+
+def is_unchanged(gate: nn.Module) -> bool:
+    """Whether a gate is what it was: of ours, whether its layers are plain."""
+    return gate.is_unchanged() if isinstance(gate, Fused) else gate.is_plain()
 
 
 class FusedReference:
@@ -153,12 +171,39 @@ def reference_class(original: type[nn.Module]) -> type[nn.Module]:
 def subclass(original: type[nn.Module], mixin: type, **members: object) -> type[nn.Module]:
     """A class that is both ``mixin`` and ``original``, and looks like the latter."""
     looks = {"__module__": original.__module__, "__doc__": original.__doc__, "_original": original}
-    return type(f"Fused{original.__name__}", (mixin, original), {**looks, **members})
+    try:
+        return type(f"Fused{original.__name__}", (mixin, original), {**looks, **members})
+    except TypeError as error:
+        raise Refused(f"has a class that cannot be subclassed: {error}") from None
+
+
+# What fused classes add: a module that has any of these names is left.
+_NAMES = frozenset(
+    ("_plan", "_guard", "_fusion", "_original", "_warn", "is_fused", "why_not", "fused_add_relu", "is_unchanged")
+)
+
+
+def check_names(module: nn.Module) -> None:
+    """Refuse a module whose own names a fused class would hide, or whose forward is not its class's."""
+    state = vars(module)
+    if "forward" in state:
+        raise Refused("has another forward on the instance than its class's")
+    if state.get("_compiled_call_impl") is not None:
+        raise Refused("was compiled by itself: compile it after fuse_")
+    held = {*state, *state["_modules"], *state["_parameters"], *state["_buffers"]} & _NAMES
+    held |= {name for name in _NAMES if hasattr(type(module), name)}
+    if held:
+        raise Refused(f"has a name that fused modules need, {sorted(held)[0]}")
+
+
+def is_gate(module: nn.Module) -> bool:
+    """Whether a module takes a residual and a ReLU: a fused one, or one of ours, but no subclass of a user's."""
+    return isinstance(module, FusedModule | FusedReference) or type(module) in OURS
 
 
 def seen_as(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     """An instance of ``cls`` that shares everything with ``module``."""
-    twin = cls.__new__(cls)
+    twin = object.__new__(cls)
     twin.__dict__ = module.__dict__
     return twin
 
@@ -166,7 +211,7 @@ def seen_as(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
 def attention_in(block: nn.Module) -> dict[Path, type[nn.Module]]:
     """The attention modules inside a block that are fused, by their paths."""
     named = ((name, m) for name, m in block.named_modules() if name)
-    return {tuple(name.split(".")): type(m) for name, m in named if isinstance(m, (FusedModule, *OURS))}
+    return {tuple(name.split(".")): type(m) for name, m in named if is_gate(m)}
 
 
 class _Unpickled:
@@ -181,18 +226,23 @@ class _Unpickled:
         original, is_block, ties = self._original, self._is_block, self._ties
         self.__class__ = original
         try:
-            self.__class__ = _block_again(self) if is_block else _module_again(self, ties)
+            self.__class__ = _block_again(self, ties) if is_block else _module_again(self, ties)
         except Refused as reason:
             warnings.warn(f"a {original.__name__} is fused no longer: it {reason}", RuntimeWarning, stacklevel=2)
 
 
-def _block_again(block: nn.Module) -> type[nn.Module]:
-    fusion = find(block, attention_in(block))
+def _block_again(block: nn.Module, ties: bool) -> type[nn.Module]:
+    fusion = find(block, attention_in(block), ties)
+    for gate in () if fusion is None else fusion.inline:
+        if reason := check.verdict(block, gate.plan, fusion.guard, gate.forward):
+            raise Refused(reason)
     return type(block) if fusion is None else block_class(type(block), fusion)
 
 
 def _module_again(module: nn.Module, ties: bool) -> type[nn.Module]:
     found = plan_for(module)
+    if reason := check.verdict(module, found.plan, found.guard):
+        raise Refused(reason)
     plan = replace(found.plan, ties=found.plan.ties and ties)
     return module_class(type(module), plan, found.guard)
 

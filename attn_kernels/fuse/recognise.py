@@ -72,7 +72,7 @@ def recognise(module: nn.Module) -> Recognised:
 
 def _recognise(module: nn.Module, layout: str) -> Recognised:
     term, run = read(module, layout)
-    plan = formulas.find(term, module)
+    plan = formulas.find(term, module, run.reads)
     if plan is None or plan.channels not in (None, run.channels):
         raise NoFormula(term)
     return Recognised(replace(plan, channels=run.channels), run.reads.guard())

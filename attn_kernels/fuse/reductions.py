@@ -31,6 +31,8 @@ def reduced(op: str, v: Value, dims: list[int], keepdim: bool, plane: object = N
         raise Refused("reduces a tensor that was expanded")
     if not isinstance(keepdim, bool):
         raise Refused("reduces with other options")
+    if not dims:
+        raise Refused("reduces no dimensions, which is all of them")
     symbols = [s for d in dims for s in v.shape[d].symbols]
     if any(v.shape[d].factor != 1 for d in dims) or any(s[0] not in "CHW" for s in symbols):
         raise Refused(f"takes the {op} over something else than channels or pixels")
@@ -39,10 +41,16 @@ def reduced(op: str, v: Value, dims: list[int], keepdim: bool, plane: object = N
         raise Refused(f"takes the {op} over dimensions that are not x's")
     shape = [ONE if d in dims else s for d, s in enumerate(v.shape) if keepdim or d not in dims]
     if not names:
-        # A view, which the caller may not write to: in eager it is a copy.
+        if op == "lp":  # of one element it is the absolute value
+            raise Refused("takes a norm of one element")
         return Value(v.term, shape)
     term = v.term
-    if term.op in ("mean", "sum", "amax", "max") and {names, term.args[1]} == {frozenset("H"), frozenset("W")}:
+    if (
+        plane is None
+        and len(term.args) == 2
+        and term.op in ("mean", "sum", "amax", "max")
+        and {names, term.args[1]} == {frozenset("H"), frozenset("W")}
+    ):
         # The first maximum of rows, then of their maxima, is the first in row-major order; by columns it is not.
         inner = term.op
         if op in ("amax", "max") and inner in ("amax", "max"):

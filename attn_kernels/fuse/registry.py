@@ -8,17 +8,16 @@ keep it are here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-if TYPE_CHECKING:
-    pass
-
 Operation = Callable[..., Any]
 FUNCTIONS: dict[Any, Operation] = {}
 METHODS: dict[str, Operation] = {}
+PRISTINE_METHODS: dict[str, object] = {}
+"""The methods as they were at import: what another library puts in their place is not modelled."""
 VIEWS: set[Operation] = set()
 
 MODULES = {"torch": torch, "F": F, "special": torch.special}
@@ -34,6 +33,7 @@ def operation(*names: str, view: bool = False) -> Callable[[Operation], Operatio
                 FUNCTIONS[getattr(MODULES[module], function)] = implementation
             else:
                 METHODS[function] = implementation
+                PRISTINE_METHODS[function] = getattr(torch.Tensor, function)
         if view:
             VIEWS.add(implementation)
         return implementation

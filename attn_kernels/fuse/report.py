@@ -55,6 +55,7 @@ class FuseReport:
             parent, name, original, fused = self._swaps.pop()
             if parent._modules.get(name) is fused:
                 parent._modules[name] = original
+                original.__dict__.pop("_compiled_call_impl", None)  # of the fused one
 
     def __enter__(self) -> FuseReport:
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -11,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attn_kernels import functional
-from attn_kernels.fuse.blocks import Attention, BlockInterpreter, is_in, size_symbols
+from attn_kernels.fuse.blocks import Attention, BlockInterpreter, size_symbols
 from attn_kernels.fuse.evaluate import layer_at
-from attn_kernels.fuse.frame import Method
+from attn_kernels.fuse.frame import Method, is_in
 from attn_kernels.fuse.guards import Child, Guard, Path, is_constant
 from attn_kernels.fuse.interpret import TRAINING
 from attn_kernels.fuse.plans import Plan
@@ -46,29 +47,33 @@ class Fusion(NamedTuple):
     tails: tuple[Path, ...]
     """The attention modules that are one call with the add and ReLU behind them."""
     inline: tuple[Inline, ...]
+    deferred: tuple[Path, ...]
+    """Those of them that run later than they did: a block with one that has changed runs as it was written."""
+    exact_ties: bool
     source: str
 
 
-def find(block: nn.Module, attention: dict[Path, type[nn.Module]]) -> Fusion | None:
+def find(block: nn.Module, attention: dict[Path, type[nn.Module]], exact_ties: bool = True) -> Fusion | None:
     """The forward of ``block`` with its attention fused; None where there is nothing to fuse beyond the modules.
 
     Args:
         attention: the paths of the attention modules inside, and the classes that they are of once they are fused.
+        exact_ties: that of ``fuse_``.
 
     Raises:
         Refused: its forward is not understood, or something stands between attention, add and ReLU.
     """
-    run = BlockInterpreter(block, attention)
     try:
+        run = BlockInterpreter(block, attention)
         result = run.call_module(run.root, (run.input,), {})
+        if not isinstance(result, Value):
+            raise Refused("returns something else than a tensor")
+        run.alive(result)
+        return _Writer(run, result, exact_ties).fusion()
     except Refused:
         raise
     except Exception as error:  # of whatever kind: a model is left as it is rather than not loaded
         raise Refused(f"could not be read: {type(error).__name__}: {error}") from error
-    if not isinstance(result, Value):
-        raise Refused("returns something else than a tensor")
-    run.alive(result)
-    return _Writer(run, result).fusion()
 
 
 class _Tail(NamedTuple):
@@ -80,12 +85,15 @@ class _Tail(NamedTuple):
     relu: int
     inplace: bool
     passed: tuple[int, ...]
+    deferred: bool
+    """Whether attention is moved behind other steps."""
 
 
 class _Writer:
     """Writes the function of a block's steps."""
 
-    def __init__(self, run: BlockInterpreter, result: Value):
+    def __init__(self, run: BlockInterpreter, result: Value, exact_ties: bool):
+        self.exact_ties = exact_ties
         self.run, self.result, self.steps = run, result, run.steps
         self.names: dict[str, object] = {}
         self.users: dict[int, list[int]] = {at: [] for at in range(len(self.steps))}
@@ -112,8 +120,10 @@ class _Writer:
         lines = self.lines(tails, [a for a in inline if a.last not in tails])
         source = "\n    ".join(["def forward(m, v0):", "c = m._modules", *lines, f"return {_name(self.result)}"]) + "\n"
         found = tuple(t.attention.child for t in tails.values() if t.attention.child is not None)
-        of_block = tuple(Inline(a.plan, a.last in tails, self.compiled(self.steps_of(a))) for a in inline)
-        return Fusion(self.compiled(source), run.reads.guard(), found, of_block, source)
+        of_block = tuple(Inline(self.plan(a), a.last in tails, self.compiled(self.steps_of(a))) for a in inline)
+        children = [t for t in tails.values() if t.attention.child is not None]
+        deferred = tuple(t.attention.child for t in children if t.deferred)
+        return Fusion(self.compiled(source), run.reads.guard(), found, of_block, deferred, self.exact_ties, source)
 
     def compiled(self, source: str) -> Callable[[nn.Module, Tensor], Tensor]:
         return _compiled(source, type(self.run.root.module).__name__, tuple(self.names.items()))
@@ -128,6 +138,9 @@ class _Writer:
         head = "def forward(m, x):", "c = m._modules", f"v{a.x.step} = {x}"
         return "\n    ".join([*head, *sizes, *map(self.line, steps), f"return v{a.last}"]) + "\n"
 
+    def plan(self, a: Attention) -> Plan:
+        return replace(a.plan, ties=a.plan.ties and self.exact_ties)
+
     def is_closed(self, a: Attention) -> bool:
         """Whether nothing else uses what is between an attention's input and its output."""
         return all(user <= a.last for at in range(a.first, a.last) for user in self.users[at])
@@ -140,7 +153,11 @@ class _Writer:
             reads.update(self.steps[at].reads)
         if attention.child is not None:
             owner = Child(attention.child, layer_at(root, attention.child))
-            reads.kind(owner, self.run.attention[attention.child])
+            cls = self.run.attention[attention.child]
+            reads.kind(owner, cls)
+            for name in ("forward", "attend"):
+                if hasattr(cls, name):
+                    reads.class_attribute(cls, name, getattr(cls, name))
         if tail is not None and isinstance(self.steps[tail.relu].target, Child):
             reads.update(self.steps[tail.relu].reads)
 
@@ -168,7 +185,7 @@ class _Writer:
         between = [i for i in range(attention.last + 1, add) if i not in passed]
         if between and not self.commutes(attention, between):
             raise Refused("runs something between its attention and the sum that may change either")
-        return _Tail(attention, residual, add, relu, inplace, tuple(passed))
+        return _Tail(attention, residual, add, relu, inplace, tuple(passed), bool(between))
 
     def only_user(self, at: int) -> int | None:
         users = self.users[at]
@@ -199,6 +216,8 @@ class _Writer:
 
     def is_relu(self, at: int) -> bool:
         step = self.steps[at]
+        if step.result is None or step.result.term.op != "relu":
+            return False
         if isinstance(step.target, Child):
             return type(step.target.module) is nn.ReLU and len(step.args) == 1 and not step.kwargs
         options = {**dict(zip(("inplace",), step.args[1:], strict=False)), **step.kwargs}
@@ -252,7 +271,7 @@ class _Writer:
                 lines += self.fused_tail(by_relu[at])
             elif at in by_last:
                 a = by_last[at]
-                plan, x = self.named(a.plan), _name(a.x)
+                plan, x = self.named(self.plan(a)), _name(a.x)
                 lines += [f"if fits({plan}, m, {x}):", f"    v{at} = {plan}.compute(m, {x}, None, None, functional)"]
                 lines += ["else:", *("    " + self.line(i) for i in range(a.first, a.last + 1))]
             elif at not in skipped:
@@ -273,7 +292,7 @@ class _Writer:
         x, residual = _name(a.x), _name(tail.residual)
         if a.child is not None:
             return [f"{y} = add_relu({_child(a.child)}, {x}, {residual}, {tail.inplace})"]
-        plan = self.named(a.plan)
+        plan = self.named(self.plan(a))
         steps = [*range(a.first, a.last + 1), *tail.passed, tail.add, tail.relu]
         return [
             f"if fits({plan}, m, {x}) and alike({x}, {residual}):",
@@ -314,7 +333,7 @@ class _Writer:
             return f"[{items}]" if isinstance(value, list) else f"({items},)" if value else "()"
         if not is_constant(value):
             raise Refused(f"passes a {type(value).__name__} to a function")
-        return repr(value)
+        return f"float({str(value)!r})" if type(value) is float else repr(value)  # repr(inf) is a name
 
 
 def _name(v: Value) -> str:

@@ -112,10 +112,12 @@ class Number:
 class Storage:
     """The memory that a tensor shares with its views."""
 
-    __slots__ = ("is_input", "overwritten", "used")
+    __slots__ = ("fresh", "is_input", "overwritten", "used")
 
-    def __init__(self, is_input: bool = False):
+    def __init__(self, is_input: bool = False, fresh: bool = True):
         self.is_input = is_input
+        self.fresh = fresh and not is_input
+        """Whether an operation that is understood has made it, so that nothing else lies in it."""
         self.used = False
         """Whether an operation has read it: autograd may keep it then, and refuses a later write."""
         self.overwritten = False
