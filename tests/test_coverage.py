@@ -45,7 +45,7 @@ def test_tails_of_resnets_are_fused(recorded):
     assert rows["efficientnet_b0"]["tails"] == "0"
 
 
-def refuse(module, attention=None):
+def refuse(*arguments):
     raise Unsupported("is not read")
 
 

@@ -110,7 +110,7 @@ def random_twin(module: nn.Module, training: bool, values: bool = False) -> nn.M
 
     It shares no tensor and no dict with the module.
     """
-    twin = type(module).__new__(type(module))
+    twin = object.__new__(type(module))
     twin.__dict__ = {k: type(v)() if "hooks" in k and isinstance(v, dict) else v for k, v in module.__dict__.items()}
     copied = _copied if values else _random
     twin.__dict__["training"] = training

@@ -191,7 +191,8 @@ class _Fuser:
             if any(row.fused and row.name == name for row in below):  # with what computes its gate, if it does
                 self.rows[at:] = [row for row in below if row.fused]
             elif outcome is not None and not any(row.fused for row in below):
-                self.rows[at:] = [outcome.row._replace(name=name)]
+                own = [row for row in below if row.name == name]
+                self.rows[at:] = own or [outcome.row._replace(name=name)]
         return self.blocks[child][0]
 
     # ---- attention modules

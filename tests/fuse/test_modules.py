@@ -107,9 +107,18 @@ class TestModules:
         x = tensor(2, C, 3, 5).to(device)
         assert torch.equal(fused(copy.deepcopy(eager))(x), eager(x))
 
-    def test_a_class_of_the_same_name_that_computes_something_else(self):
+    def test_a_class_of_the_same_name_that_computes_something_else(self, device):
         class SELayer(moskomule.SELayer):
             def forward(self, x):
+                return super().forward(x) + x.mean((2, 3), keepdim=True)
+
+        eager = SELayer(C, 4).to(device)
+        model = nn.Sequential(copy.deepcopy(eager))
+        fuse_(model)  # what SE computes in it may be fused
+        x = tensor(2, C, 5, 5).to(device)
+        torch.testing.assert_close(model(x), eager(x))
+
+    def forward(self, x):
                 return super().forward(x) + x
 
         holder = nn.Sequential(SELayer(C, 4))

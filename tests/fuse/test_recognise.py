@@ -12,7 +12,7 @@ import reference
 from attn_kernels import fuse_
 from attn_kernels.fuse import check
 from attn_kernels.fuse.recognise import recognise
-from attn_kernels.fuse.registry import METHODS
+from attn_kernels.fuse.registry import METHODS, PRISTINE_METHODS
 from attn_kernels.fuse.terms import Refused
 from tests import soundness
 from tests.fuse.attacks import ATTACKS, SE, C
@@ -141,6 +141,7 @@ def test_soundness(tmp_path):
 def test_soundness_finds_faults(tmp_path, monkeypatch):
     """An interpreter that takes detach for nothing, whose check is off."""
     monkeypatch.setitem(METHODS, "detach", lambda run, v: v)
+    monkeypatch.setitem(PRISTINE_METHODS, "detach", torch.Tensor.detach)
     monkeypatch.setattr(check, "disagreement", lambda *args: "")
     monkeypatch.setattr(soundness, "STATEMENTS", "x = x.detach()")
     _, faults = soundness.run(minutes=2, seed=0, folder=tmp_path, accepted=60)
