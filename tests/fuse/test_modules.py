@@ -109,24 +109,7 @@ class TestModules:
 
     def test_a_class_of_the_same_name_that_computes_something_else(self, device):
         class SELayer(moskomule.SELayer):
-            def forward(self, x):
-                return super().forward(x) + x.mean((2, 3), keepdim=True)
-
-        eager = SELayer(C, 4).to(device)
-        model = nn.Sequential(copy.deepcopy(eager))
-        fuse_(model)  # what SE computes in it may be fused
-        x = tensor(2, C, 5, 5).to(device)
-        torch.testing.assert_close(model(x), eager(x))
-
-    def forward(self, x):
-                return super().forward(x) + x
-
-        holder = nn.Sequential(SELayer(C, 4))
-        (row,) = fuse_(holder).rows
-        assert row.reason == "computes no formula that the kernels have"
-        assert type(holder[0]) is SELayer
-
-    def test_parts_of_what_is_left(self):
+            def test_parts_of_what_is_left(self):
         """What no kernel covers as a whole may hold something that one does."""
         for build, expected in (
             (timm.layers.cbam.LightCbamModule, {"0.channel": "SE, gate by PyTorch"}),
