@@ -109,7 +109,16 @@ class TestModules:
 
     def test_a_class_of_the_same_name_that_computes_something_else(self, device):
         class SELayer(moskomule.SELayer):
-            def test_parts_of_what_is_left(self):
+            def forward(self, x):
+                return super().forward(x) + x.mean((2, 3), keepdim=True)
+
+        eager = SELayer(C, 4).to(device)
+        model = nn.Sequential(copy.deepcopy(eager))
+        fuse_(model)  # what SE computes in it may be fused
+        x = tensor(2, C, 5, 5).to(device)
+        torch.testing.assert_close(model(x), eager(x))
+
+    def test_parts_of_what_is_left(self):
         """What no kernel covers as a whole may hold something that one does."""
         for build, expected in (
             (timm.layers.cbam.LightCbamModule, {"0.channel": "SE, gate by PyTorch"}),
