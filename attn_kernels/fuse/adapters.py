@@ -1,7 +1,7 @@
 """Plans of modules whose source cannot be read, or that no formula matches: by the name of their class.
 
-``register_adapter`` adds one. What an adapter says is checked on random numbers, and the guard looks at everything that
-the module holds, since nobody has read what its forward depends on.
+``register_adapter`` adds one. What an adapter says is checked on random numbers, and the guard looks at all options,
+layers and forwards of the module, since nobody has read which of them its own forward depends on.
 """
 
 from __future__ import annotations

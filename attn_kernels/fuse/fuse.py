@@ -66,8 +66,9 @@ def fuse_(model: nn.Module, filter_fn: Filter | None = None, *, exact_ties: bool
     buffers, children, hooks and state_dict are the same objects. Before each call it looks whether anything that the
     formula depends on has changed: options, hooks on its layers, other layers or functions in their place. Then, on the
     CPU, in export, under fx and ``torch.func``, and on tensor subclasses, it runs the original's forward. What differs
-    from the original: under autocast the output has x's dtype and gates are computed in float32; the lp pool's gradient
-    on a plane of zeros is 0, not NaN.
+    from the original: ``type(module)`` and with it ``repr``; under autocast the output has x's dtype and gates are
+    computed in float32; parameters may have another float dtype than x; of an x that is dense in neither layout the
+    output is dense; the lp pool's gradient on a plane of zeros is 0, not NaN.
 
     Args:
         model: on any device, the meta device included; it may not be an attention module itself.

@@ -24,7 +24,7 @@ from attn_kernels.ops._library import PLAIN_TENSORS
 _RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, Method("relu"), Method("relu_")}
 _ADDS = {"add", torch.add, Method("add"), Method("add_"), "iadd"}
 _IN_PLACE_ADDS = {Method("add_"), "iadd"}
-# Layers whose result is new memory; those that write to nothing else; those that keep (N, C, H, W).
+# Layers whose result is new memory, and those that write to nothing else.
 _FRESH = (nn.Conv2d, nn.BatchNorm2d)
 _HARMLESS = (*_FRESH, nn.Identity, nn.AvgPool2d, nn.MaxPool2d, nn.Sequential)
 
