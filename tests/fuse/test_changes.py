@@ -259,3 +259,20 @@ class TestStaysFused:
         model = changed if isinstance(changed, nn.Module) else model
         x = tensor(2, C, 5, 4).to(device)
         assert [m.is_fused(x) for m in (*model, model[2].se)] == [True] * 4
+
+    def test_under_ddp(self, device, tmp_path):
+        block = resnet_block(timm.models.resnet.BasicBlock, "se", False)
+        model = nn.Sequential(SEModule(C), block).to(device)
+        eager = copy.deepcopy(model)
+        fuse_(model)
+        torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+        try:
+            parallel = nn.parallel.DistributedDataParallel(model)
+            x = tensor(2, C, 5, 4).to(device)
+            assert [m.is_fused(x) for m in (*model, model[1].se)] == [True] * 3
+            for module in (parallel, eager):
+                module(x).square().sum().backward()
+        finally:
+            torch.distributed.destroy_process_group()
+        for ours, theirs in zip(model.parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-3)
