@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from attn_kernels.fuse import reductions  # noqa: F401, whose functions register themselves
+from attn_kernels.fuse import arithmetic, reductions  # noqa: F401, whose functions register themselves
 from attn_kernels.fuse.registry import FUNCTIONS, METHODS, VIEWS, Operation, is_number
 from attn_kernels.fuse.terms import Refused, Value
 
