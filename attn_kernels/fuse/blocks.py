@@ -121,7 +121,7 @@ class BlockInterpreter(Interpreter):
         v.storage.overwritten = True
 
     def tensor_attribute(self, v: Value, name: str):
-        if name in ("shape", "ndim") or (name in ("size", "dim", "ndimension")):
+        if name in ("shape", "ndim", "size", "dim", "ndimension"):
             if self._recording and not self.is_map(v):
                 raise Refused("asks for the shape of what a child returns")
             if self._recording:
@@ -226,7 +226,7 @@ class BlockInterpreter(Interpreter):
         is_leaf = layers.find(type(child.module)) is not None
         if isinstance(result, Value) and result is first:
             step.passes = True
-        elif not isinstance(result, Value) or not (is_leaf or result.shape[1:] != first.shape[1:]):
+        elif not isinstance(result, Value) or not (is_leaf or first is None or result.shape[1:] != first.shape[1:]):
             keeps = type(child.module) in _KEEP_RANK and first is not None and self.is_map(first)
             result = self.opaque(keeps)
         return self.record(step, result)

@@ -82,7 +82,7 @@ def fuse_(model: nn.Module, filter_fn: Filter | None = None, *, exact_ties: bool
         A report of each module, whose ``restore()`` undoes the replacement; so does :func:`unfuse_`.
 
     Raises:
-        TypeError: ``model`` is no module, or ``filter_fn`` is not callable.
+        TypeError: ``model`` is no module, ``filter_fn`` is not callable, or ``exact_ties`` is no bool.
         ValueError: ``model`` is an attention module: there is nothing to replace it in.
     """
     if not isinstance(model, nn.Module):
@@ -286,7 +286,7 @@ class _Fuser:
         for gate in fusion.inline:
             row = Row(name, cls, gate.plan.kind, False)
             refused = self.filter_fn is not None and not self.filter_fn(block, name)
-            reason = "filter_fn" if refused else check.disagreement(block, gate.plan, gate.forward)
+            reason = "filter_fn" if refused else check.verdict(block, gate.plan, fusion.guard, gate.forward)
             if reason:
                 self.rows.append(row._replace(reason=reason))
                 return block

@@ -107,6 +107,8 @@ class TestReport:
             fuse_(3)
         with pytest.raises(TypeError, match=r"filter_fn: expected a function .*, got str"):
             fuse_(self.model(), "se")
+        with pytest.raises(TypeError, match="exact_ties: expected a bool, got int"):
+            fuse_(self.model(), exact_ties=1)
         for module in (SEModule(C), reference.CBAM(C), attn_kernels.SE(C)):
             with pytest.raises(ValueError, match=rf"got one itself, {type(module).__name__}; wrap it"):
                 fuse_(module)

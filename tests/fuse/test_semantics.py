@@ -184,6 +184,15 @@ class TwoModes(nn.Module):
         return F.relu(y + s)
 
 
+class Keywords(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.se = nn.Conv2d(C, C, 1), SE()
+
+    def forward(self, x):
+        return F.relu(self.se(x=self.conv(input=x)) + x)
+
+
 class TakenNames(SE):
     def __init__(self):
         super().__init__()
@@ -205,7 +214,7 @@ MODULES = {
             OpenGate,
             OverMid,
         ),
-        *(InPlaceBehindItself, Infinity, Verbatim, TwoModes, TakenNames),
+        *(InPlaceBehindItself, Infinity, Verbatim, TwoModes, Keywords, TakenNames),
     )
 }
 
