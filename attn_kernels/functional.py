@@ -21,9 +21,9 @@ from torch.autograd import forward_ad
 import reference
 from attn_kernels._versions import interpreter_clash
 from attn_kernels.ops import _launch
-from attn_kernels.ops._library import PLAIN, FakeTensor, dense, like
-from attn_kernels.ops._norm import is_plain
-from reference._common import without_autocast
+from attn_kernels.ops._library import PLAIN, FakeTensor, dense, in_layout_of
+from attn_kernels.ops._norm import has_usual_state
+from reference._common import is_plain_layer, without_autocast
 from reference.bam import check_bam
 from reference.cbam import check_cbam, check_channel_gate, check_spatial_gate
 from reference.channel_attention import check_channel_attention, check_gate
@@ -94,8 +94,8 @@ def why_not(x: Tensor, others: Sequence[Tensor | None] = (), norm: object = None
         if not _cbam.is_fusable(norm):
             kind = type(norm).__name__
             reasons.append(f"the norm ({kind}) is not a plain BatchNorm2d: one channel, its usual buffers, no hooks")
-        elif not is_plain(norm):
-            reasons.append("a parameter or buffer of the norm is no plain tensor")
+        elif not has_usual_state(norm):
+            reasons.append("a parameter or buffer of the norm is no plain tensor of one element per channel")
     return reasons
 
 
@@ -139,7 +139,7 @@ def is_fused(x: Tensor, others: Sequence[Tensor | None] = (), norm: object = Non
 
 def _prepare(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
     x = dense(x)
-    residual = None if residual is None else like(residual, x)
+    residual = None if residual is None else in_layout_of(x, residual)
     # torch.compile takes no tensor twice in an autograd Function.
     return x, torch.ops.aten.alias(x) if residual is x else residual
 
@@ -263,7 +263,7 @@ def bam(
     check_bam(x, gate_c, gate_s, residual=residual, activation=activation)
     reduce = gate_s[0]
     too_large = reduce.out_channels * x.shape[2] * x.shape[3] >= 2**30  # as of x: a reduced map that is a wider one
-    if too_large or not is_fused(x, (residual, reduce.weight, reduce.bias)):
+    if too_large or not is_plain_layer(reduce, nn.Conv2d) or not is_fused(x, (residual, reduce.weight, reduce.bias)):
         return reference.bam(x, gate_c, gate_s, residual=residual, activation=activation)
     x, residual = _prepare(x, residual)
     return _bam.bam(x, gate_c, gate_s, residual, activation == "relu")

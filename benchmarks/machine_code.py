@@ -187,8 +187,6 @@ def machine_code(kernel: Kernel, capability: int, disassemble: bool) -> MachineC
     import triton
     from triton.compiler import ASTSource
 
-    from attn_kernels._recording import target
-
     source = ASTSource(
         getattr(import_module(kernel.module), kernel.name),
         dict(kernel.signature),
@@ -197,7 +195,7 @@ def machine_code(kernel: Kernel, capability: int, disassemble: bool) -> MachineC
     )
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder  # thousands of kernels are not to stay in the user's cache
-        compiled = triton.compile(source, target=target(capability), options=dict(kernel.options))
+        compiled = triton.compile(source, target=_target(capability), options=dict(kernel.options))
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
         usage = dict(re.findall(r"(\w+):(\d+)", _tool("cuobjdump", "-res-usage", cubin)))
@@ -215,6 +213,13 @@ def machine_code(kernel: Kernel, capability: int, disassemble: bool) -> MachineC
         sass=parse_sass(text) if text else None,
         stretches=tuple(stretches(text)) if text else (),
     )
+
+
+def _target(capability: int) -> object:
+    """What Triton compiles for."""
+    from attn_kernels._recording import target  # here, for Triton is imported after what another command sets
+
+    return target(capability)
 
 
 @cache

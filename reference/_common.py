@@ -43,12 +43,25 @@ def is_plain_layer(layer: nn.Module, kind: type[nn.Module]) -> bool:
 
     A wrapper (LoRA's, say), a subclass, a parametrization, a hook and a forward of the instance all say no.
     """
-    return type(layer) is kind and "forward" not in layer.__dict__ and not has_hooks(layer)
+    return type(layer) is kind and is_untouched(layer)
 
 
-def has_hooks(layer: nn.Module) -> bool:
-    """Whether a call of ``layer`` runs hooks of its own."""
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+def is_untouched(layer: nn.Module) -> bool:
+    """Whether a call of ``layer`` runs its class's forward and no hook."""
+    return "forward" not in layer.__dict__ and not (
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or hooks_on_every_module()
+    )
+
+
+def hooks_on_every_module() -> bool:
+    """Whether there are hooks that every call of a module runs (``register_module_forward_hook`` and its like)."""
+    # PyTorch's function is private: a version without it cannot be asked.
+    known = getattr(nn.modules.module, "_has_any_global_hook", None)
+    return known is not None and bool(known())
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:

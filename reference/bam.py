@@ -15,6 +15,7 @@ from reference._common import (
     check_batch_statistics,
     check_device,
     check_input,
+    check_parameter,
     check_positive,
     is_plain_layer,
     like_parameters,
@@ -36,6 +37,8 @@ def check_bam(x, gate_c, gate_s, *, residual=None, activation=None):
     plain = isinstance(reduce, nn.Conv2d) and reduce.kernel_size == reduce.stride == (1, 1)
     if not plain or reduce.padding != (0, 0) or reduce.groups != 1:
         raise ValueError(f"gate_s: expected a plain 1x1 convolution first, got {reduce}")
+    check_parameter("gate_s[0].weight", reduce.weight, (reduce.out_channels, c, 1, 1), x)
+    check_parameter("gate_s[0].bias", reduce.bias, (reduce.out_channels,), x, optional=True)
     for layer in gate_c:
         check_batch_statistics(layer, x, n)
     for layer in gate_s:
@@ -69,6 +72,22 @@ def _check_branch(name: str, gate: nn.Sequential, kind: type[nn.Linear | nn.Conv
         raise ValueError(f"{name}: expected {out} channels out, got {width}")
 
 
+def check_logits(x: Tensor, channel: Tensor, spatial: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits that the branches have returned, (N, C) and (N, 1, H, W); a spatial map of one pixel is expanded.
+
+    Raises:
+        ValueError: logits of another shape.
+    """
+    n, c, h, w = x.shape
+    if channel.shape != (n, c):
+        raise ValueError(f"gate_c: expected to return (N, C), {(n, c)}, got {tuple(channel.shape)}")
+    if spatial.shape == (n, 1, 1, 1):
+        spatial = spatial.expand(n, 1, h, w)
+    if spatial.shape != (n, 1, h, w):
+        raise ValueError(f"gate_s: expected to return (N, 1, H, W), {(n, 1, h, w)}, got {tuple(spatial.shape)}")
+    return channel, spatial
+
+
 def channel_logits(mean: Tensor, gate_c: nn.Sequential) -> Tensor:
     """(N, C) channel logits of the (N, C) channel means, in the dtype of the parameters."""
     return gate_c(like_parameters(mean, gate_c))
@@ -89,7 +108,7 @@ def spatial_layer(t: Tensor, layer: nn.Module) -> Tensor:
     mixes = isinstance(layer, nn.BatchNorm2d) and t.element_size() == 2
     if state is None or state.dtype == t.dtype or (mixes and state.dtype == torch.float32):
         return layer(t)
-    if isinstance(layer, nn.Conv2d):
+    if is_plain_layer(layer, nn.Conv2d):
         return convolve(t, layer)
     return layer(t.to(state.dtype)).to(t.dtype)
 
@@ -127,14 +146,14 @@ def bam(
         (N, C, H, W) in ``x``'s dtype and memory format.
 
     Raises:
-        TypeError, ValueError: an argument of another dtype, shape or device, or one value a channel for a training
-            BatchNorm.
+        TypeError, ValueError: an argument of another dtype, shape or device, one value a channel for a training
+            BatchNorm, or a branch that returns another shape.
     """
     check_bam(x, gate_c, gate_s, residual=residual, activation=activation)
-    reduced = convolve(x, gate_s[0])
-    channel = channel_logits(x.mean((2, 3), dtype=accumulation_dtype(x)), gate_c)[:, :, None, None]
-    spatial = spatial_logits(reduced, gate_s)
-    attention = 1 + torch.sigmoid(channel.to(x.dtype) * spatial.to(x.dtype))
+    reduced = spatial_layer(x, gate_s[0])
+    channel = channel_logits(x.mean((2, 3), dtype=accumulation_dtype(x)), gate_c)
+    channel, spatial = check_logits(x, channel, spatial_logits(reduced, gate_s))
+    attention = 1 + torch.sigmoid(channel[:, :, None, None].to(x.dtype) * spatial.to(x.dtype))
     return tail(x * attention, residual, activation)
 
 

@@ -17,8 +17,8 @@ from reference._common import (
     check_input,
     check_parameter,
     check_positive,
-    has_hooks,
     is_plain_layer,
+    is_untouched,
     like_parameters,
     tail,
     without_autocast,
@@ -306,7 +306,7 @@ class SpatialGate(AttentionModule):
 def _is_plain_gate(gate: nn.Module, kind: type[ChannelGate | SpatialGate]) -> bool:
     """Whether a gate may be computed without a call of it: one of ours, untouched, and so are its layers."""
     is_ours = isinstance(gate, kind) and (type(gate).forward, type(gate).attend) == (kind.forward, kind.attend)
-    return is_ours and "forward" not in gate.__dict__ and not has_hooks(gate) and gate.is_plain()
+    return is_ours and is_untouched(gate) and gate.is_plain()
 
 
 class CBAM(AttentionModule):

@@ -24,7 +24,7 @@ from attn_kernels.fuse.plans import Plan
 from attn_kernels.fuse.rewrite import Fusion, find
 from attn_kernels.fuse.terms import Refused
 from attn_kernels.ops._library import PLAIN_TENSORS
-from reference._common import DTYPES
+from reference._common import DTYPES, hooks_on_every_module
 
 OURS = tuple(getattr(modules, name) for name in ("SE", "ChannelGate", "SpatialGate", "CBAM", "BAM", "SimAM"))
 OF_REFERENCE = {getattr(reference, cls.__name__): cls for cls in OURS}
@@ -83,8 +83,7 @@ def takes(x: object) -> bool:
 
 def global_hooks() -> list[str]:
     """That there are hooks on every module, if so: they would miss the calls that a fused one bypasses."""
-    known = nn.modules.module  # its function is private: a PyTorch without it cannot be asked
-    return ["hooks on every module"] if hasattr(known, "_has_any_global_hook") and known._has_any_global_hook() else []
+    return ["hooks on every module"] if hooks_on_every_module() else []
 
 
 class FusedModule(Fused):

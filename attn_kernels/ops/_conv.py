@@ -50,7 +50,7 @@ def _load_weights(weight_ptr, o_t, m_t, ACC: tl.constexpr, MAP_STRIDE: tl.conste
 @triton.jit
 def conv_fwd_kernel(
     pools_ptr,  # (2, N, P): maximum, mean
-    part_ptr,  # (3, programs), written: count, mean and sum of squared deviations of the pixels of a program
+    part_ptr,  # (3, programs), written: count, sum and sum of squared deviations of the pixels of a program
     weight_ptr,  # (2, KERNEL, KERNEL), in either layout
     z_ptr,  # (N, P), written
     COUNT,
@@ -67,8 +67,9 @@ def conv_fwd_kernel(
     pid = tl.program_id(0)
     t = tl.arange(0, TAPS)
     # The running statistics are kept as one-element tensors, so that they are the same type from the first pass on.
+    # The sum and not the mean, which an infinity followed by others would make NaN.
     seen = tl.zeros([1], ACC)
-    mean = tl.zeros([1], ACC)
+    total = tl.zeros([1], ACC)
     m2 = tl.zeros([1], ACC)
     for start in range(pid * BLOCK, COUNT, tl.num_programs(0) * BLOCK):
         q, m_q, h, w = _pixels(start, COUNT, H, W, BLOCK)
@@ -82,15 +83,17 @@ def conv_fwd_kernel(
             b_z += tl.sum(b_taps, axis=0)
         tl.store(z_ptr + q, b_z, mask=m_q)
         count = tl.minimum(COUNT - start, BLOCK).to(ACC)
-        tile_mean = tl.sum(b_z, axis=0) / count
+        tile_sum = tl.sum(b_z, axis=0)
+        tile_mean = tile_sum / count
         b_deviation = tl.where(m_q, b_z - tile_mean, 0.0)
-        delta = tile_mean - mean
-        m2 += tl.sum(b_deviation * b_deviation, axis=0) + delta * delta * (seen * count / (seen + count))
-        mean += delta * (count / (seen + count))
+        delta = tile_mean - total / tl.maximum(seen, 1.0)
+        # 0 at first, also where delta^2 would be infinite.
+        m2 += tl.sum(b_deviation * b_deviation, axis=0) + delta * (delta * (seen * count / (seen + count)))
+        total += tile_sum
         seen += count
     o_part = pid + tl.arange(0, 1)
     tl.store(part_ptr + o_part, seen)
-    tl.store(part_ptr + tl.num_programs(0) + o_part, mean)
+    tl.store(part_ptr + tl.num_programs(0) + o_part, total)
     tl.store(part_ptr + 2 * tl.num_programs(0) + o_part, m2)
 
 
@@ -164,8 +167,9 @@ def conv_bwd_kernel(
             b_dmax += tl.sum(b_dz * b_wmax[:, None], axis=0)
             b_dmean += tl.sum(b_dz * b_wmean[:, None], axis=0)
             is_row = (t == i)[:, None]
-            b_dwmax += tl.where(is_row, tl.sum(b_dz * b_max[None, :], axis=1)[None, :], 0.0)
-            b_dwmean += tl.where(is_row, tl.sum(b_dz * b_mean[None, :], axis=1)[None, :], 0.0)
+            # What no output sees takes no part, for it may be infinite.
+            b_dwmax += tl.where(is_row, tl.sum(tl.where(m, b_dz * b_max[None, :], 0.0), axis=1)[None, :], 0.0)
+            b_dwmean += tl.where(is_row, tl.sum(tl.where(m, b_dz * b_mean[None, :], 0.0), axis=1)[None, :], 0.0)
         p_out = spatial_ptr + q + q // (H * W) * (2 * H * W)
         tl.store(p_out + H * W, b_dmax * scale, mask=m_q)
         tl.store(p_out + 2 * H * W, b_dmean * scale / C, mask=m_q)

@@ -87,7 +87,7 @@ def gate_bwd(dy, gate, GATE: tl.constexpr):
     if GATE == "sigmoid":
         return dy * (gate * (1 - gate))
     else:
-        return tl.where((gate > 0) & (gate < 1), dy / 6, 0.0)
+        return tl.where((gate <= 0) | (gate >= 1), 0.0, dy / 6)  # dy where the gate is NaN, as ReLU6 has it
 
 
 @triton.jit
@@ -152,14 +152,18 @@ def store_tail(
     BLOCK_P: tl.constexpr,
     EVICT: tl.constexpr = NORMAL,
 ):
-    """Store ``act(y + residual)`` for the tile at channel c, pixel p of sample i_n; a bit an element for backward."""
+    """Store ``act(y + residual)`` for the tile at channel c, pixel p of sample i_n; a bit an element for backward.
+
+    The residual may have another dtype than y's tensor. The sum is made before anything is rounded.
+    """
     o_c = c + tl.arange(0, BLOCK_C)
     o_p = p + tl.arange(0, BLOCK_P)
     m = (o_c < C)[:, None] & (o_p < P)[None, :]
     sample = i_n * C * P
     offsets = tile_offsets(o_c, o_p, C, P, CHANNELS_LAST)
     if residual_ptr is not None:
-        y += tl.load(residual_ptr + sample + offsets, mask=m, other=0, eviction_policy=EVICT).to(y.dtype)
+        residual = tl.load(residual_ptr + sample + offsets, mask=m, other=0, eviction_policy=EVICT)
+        y = (y + residual.to(tl.float64 if residual.dtype == tl.float64 else y.dtype)).to(y.dtype)
     if RELU:
         if mask_ptr is not None:
             _store_mask(mask_ptr, y, i_n, c, p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, library, nn
 
+from reference._common import without_autocast
+
 try:
     from torch._subclasses.fake_tensor import FakeTensor
 except ImportError:  # it is private: where it has moved, torch.compile compiles the reference formula
@@ -67,10 +69,14 @@ def dense(x: Tensor) -> Tensor:
     return x if is_dense(x) else x.contiguous(memory_format=layout(x))
 
 
+def in_layout_of(x: Tensor, t: Tensor) -> Tensor:
+    """``t`` in ``x``'s layout; itself where it already is (it may come expanded or transposed)."""
+    return t.contiguous(memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format)
+
+
 def like(t: Tensor, x: Tensor) -> Tensor:
-    """``t`` in ``x``'s dtype and layout; itself where it already is (a gradient may come expanded or transposed)."""
-    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-    return t.to(x.dtype).contiguous(memory_format=layout)
+    """``t`` in ``x``'s dtype and layout; itself where it already is, as gradients are as a rule."""
+    return in_layout_of(x, t.to(x.dtype))
 
 
 def contiguous(*parameters: Tensor | None) -> list[Tensor | None]:
@@ -90,14 +96,60 @@ def empty_mask(x: Tensor, needed: bool) -> Tensor:
 
 
 def unmask(dy: Tensor, mask: Tensor, x: Tensor) -> Tensor:
-    """``dy`` where the mask's bits are set, else 0; differentiable."""
+    """``dy`` where the mask's bits are set, else 0, also where it is infinite; differentiable."""
     n, c, h, w = x.shape
     bits = mask[:, :, None] >> torch.arange(8, device=mask.device, dtype=torch.uint8) & 1
     if is_channels_last(x):
         kept = bits.flatten(1)[:, :c].reshape(n, h, w, c).permute(0, 3, 1, 2)
     else:
         kept = bits.flatten(1)[:, : h * w].reshape(n, c, h, w)
-    return dy * kept.to(dy.dtype)
+    return torch.where(kept.bool(), dy, 0.0)
+
+
+def save(ctx, x: Tensor, *others: Tensor | None) -> None:
+    """Save tensors for backward, and the form in which the kernels will read them.
+
+    Hooks on saved tensors (``torch.autograd.graph.save_on_cpu``) may give them back in another layout.
+    """
+    ctx.save_for_backward(x, *others)
+    ctx.channels_last = is_channels_last(x)
+    ctx.forms = None
+    if not torch.compiler.is_compiling():  # of a compiled graph's saved tensors PyTorch takes care
+        # Only the documented hooks, which are there now, reach the others; x is checked in any case.
+        ctx.forms = [_form(t) for t in ((x, *others) if _saved_tensors_hooks(True) else (x,))]
+
+
+def _form(t: Tensor | None) -> tuple[torch.Size, torch.dtype, torch.device] | None:
+    return None if t is None else (t.shape, t.dtype, t.device)
+
+
+# It is private: without it every form is kept and checked.
+_saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
+
+
+def saved(ctx) -> Sequence[Tensor | None]:
+    """What :func:`save` has saved, x in its layout and all in their forms, whatever hooks made of them.
+
+    Raises:
+        ValueError: a hook gave back a tensor of another shape or on another device.
+    """
+    x, *others = ctx.saved_tensors
+    if ctx.forms is not None:
+        form, *forms = ctx.forms
+        x = _restored(x, *form)
+        if forms:
+            pairs = zip(others, forms, strict=True)
+            others = [t if form is None else _restored(t, *form).contiguous() for t, form in pairs]
+    return x.contiguous(memory_format=torch.channels_last if ctx.channels_last else torch.contiguous_format), *others
+
+
+def _restored(t: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if t.shape != shape or t.device != device:
+        raise ValueError(
+            f"saved tensor: expected shape {tuple(shape)} on {device}, as it was saved, "
+            f"got {tuple(t.shape)} on {t.device} from a hook"
+        )
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def reference_gradients(
@@ -109,7 +161,8 @@ def reference_gradients(
 
     Each input enters through a view of its own, so that an input that depends on another does not count twice.
     """
-    with torch.enable_grad():
+    # Without autocast, which would round what backward multiplies.
+    with torch.enable_grad(), without_autocast(inputs[0]):
         inputs = [t if t is None else t.view_as(t) for t in inputs]
         outputs = function(*inputs)
         outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)

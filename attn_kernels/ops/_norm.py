@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from attn_kernels.ops._library import PLAIN
-from reference._common import has_hooks, uses_batch_statistics
+from reference._common import is_untouched, uses_batch_statistics
 
 
 def _is_batch_norm(norm: object) -> bool:
@@ -24,13 +24,24 @@ def is_fusable(norm: object) -> bool:
         _is_batch_norm(norm)
         and (norm.running_mean is None) == (norm.running_var is None)
         and (norm.momentum is not None or norm.num_batches_tracked is not None or norm.running_mean is None)
-        and not has_hooks(norm)
+        and is_untouched(norm)
     )
 
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether the layer's parameters and buffers are tensors whose memory kernels may read."""
     return PLAIN.issuperset(map(type, (*layer._parameters.values(), *layer._buffers.values())))
+
+
+def has_usual_state(norm: nn.BatchNorm2d) -> bool:
+    """Whether the norm's states are plain, with one element per channel, which in the buffers is one of its own."""
+    shape, buffers = (norm.num_features,), (norm.running_mean, norm.running_var)
+    return (
+        is_plain(norm)
+        and all(t is None or t.shape == shape for t in (norm.weight, norm.bias, *buffers))
+        and all(b is None or norm.num_features == 1 or b.stride(0) for b in buffers)
+        and (norm.num_batches_tracked is None or norm.num_batches_tracked.dim() == 0)
+    )
 
 
 def buffers(norm: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -38,19 +38,21 @@ from attn_kernels.ops._library import (
     needs_grad,
     reference_gradients,
     register,
+    save,
+    saved,
     unmask,
 )
 from attn_kernels.ops.batch_norm_relu import batch_norm_relu, can_add, is_fusable
-from reference._common import accumulation_dtype
-from reference.bam import channel_logits, convolve_by, spatial_layer
+from reference._common import accumulation_dtype, is_plain_layer
+from reference.bam import channel_logits, check_logits, convolve_by, spatial_layer
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
 def _attention(channel_ptr, b_spatial, i_n, o_c, C):
-    """The channel logits, and the gate of a tile."""
-    b_channel = tl.load(channel_ptr + i_n * C + o_c, mask=o_c < C, other=0).to(b_spatial.dtype)
+    """The channel logits, and the gate of a tile; logits are 1 outside, where 0 times an infinite one would be NaN."""
+    b_channel = tl.load(channel_ptr + i_n * C + o_c, mask=o_c < C, other=1).to(b_spatial.dtype)
     return b_channel, tl.sigmoid(b_channel[:, None] * b_spatial[None, :])
 
 
@@ -79,7 +81,7 @@ def apply_fwd_kernel(
     i_n = (pid // blocks).to(tl.int64)
     p = pid % blocks * BLOCK_P
     o_p = p + tl.arange(0, BLOCK_P)
-    b_spatial = tl.load(spatial_ptr + i_n * P + o_p, mask=o_p < P, other=0).to(ACC)
+    b_spatial = tl.load(spatial_ptr + i_n * P + o_p, mask=o_p < P, other=1).to(ACC)
     for c in range(0, C, BLOCK_C):
         _, b_gate = _attention(channel_ptr, b_spatial, i_n, c + tl.arange(0, BLOCK_C), C)
         b_x = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
@@ -112,7 +114,7 @@ def dlogits_kernel(
     i_b = tl.program_id(0) % blocks
     p = i_b * BLOCK_P
     o_p = p + tl.arange(0, BLOCK_P)
-    b_spatial = tl.load(spatial_ptr + i_n * P + o_p, mask=o_p < P, other=0).to(ACC)
+    b_spatial = tl.load(spatial_ptr + i_n * P + o_p, mask=o_p < P, other=1).to(ACC)
     b_dspatial = tl.zeros([BLOCK_C, BLOCK_P], ACC)
     for c in tl.range(0, C, BLOCK_C, num_stages=2):
         o_c = c + tl.arange(0, BLOCK_C)
@@ -211,6 +213,8 @@ def dx_kernel(
     o_c = c + tl.arange(0, BLOCK_C)
     m_c = o_c < C
     for h in range(0, H, BLOCK_H):
+        if h > 0:
+            tl.debug_barrier()  # other threads of this program stored the dx that is read below
         o_h = h + tl.arange(0, BLOCK_H)
         m_h = o_h < H
         # Rounded to x's dtype, in which the reference convolves.
@@ -227,7 +231,7 @@ def dx_kernel(
             b_dweight += tl.dot(b_dreduced, tl.trans(b_x), input_precision=PRECISION, out_dtype=ACC)
             b_dx = tl.dot(tl.trans(b_weight), b_dreduced, input_precision=PRECISION, out_dtype=ACC)
             if h == 0:
-                b_spatial = tl.load(spatial_ptr + i_n * P + o_p, mask=o_p < P, other=0).to(ACC)
+                b_spatial = tl.load(spatial_ptr + i_n * P + o_p, mask=o_p < P, other=1).to(ACC)
                 _, b_gate = _attention(channel_ptr, b_spatial, i_n, o_c, C)
                 b_dy = load_tile(dy_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
                 b_dmean = tl.load(dmean_ptr + i_n * C + o_c, mask=m_c, other=0) / P
@@ -336,6 +340,8 @@ def _dx(
     n, c, h, w = x.shape
     hidden = weight.shape[0]
     tile, block_h, programs = reduce_bwd_tile(x, hidden)
+    if x.dtype == torch.float64:  # Triton cannot make operands of a float64 product of 16-bit loads
+        weight = weight.to(x.dtype)
     dx = torch.empty_like(x)
     dparameters = dmean.new_empty((programs, hidden * (c + 1)))
     dx_kernel[(config.cdiv(c, tile.block_c), programs)](
@@ -393,7 +399,7 @@ class _Squeeze(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight, bias)
+        save(ctx, x, weight, bias)
         mean, reduced = squeeze_op(x, weight, bias)
         n, c, h, w = x.shape
         # view_as may change strides
@@ -401,7 +407,7 @@ class _Squeeze(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dmean, dreduced, dy, channel, spatial):
-        x, weight, bias = ctx.saved_tensors
+        x, weight, bias = saved(ctx)
         if torch.is_grad_enabled():
             formula = _squeeze_formula(dmean.dtype)
             return tuple(reference_gradients(formula, (x, weight, bias), (dmean, dreduced)))
@@ -425,13 +431,13 @@ class _Apply(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, channel, spatial, residual, relu, *slots):
         y, mask = apply_op(x, channel, spatial, residual, relu, True)
-        ctx.save_for_backward(x, channel, spatial, mask)
+        save(ctx, x, channel, spatial, mask)
         ctx.relu = relu
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, channel, spatial, mask = ctx.saved_tensors
+        x, channel, spatial, mask = saved(ctx)
         need_dresidual, to_slots = ctx.needs_input_grad[3], [None] * (len(ctx.needs_input_grad) - 5)
         if torch.is_grad_enabled():
             dy = unmask(dy, mask, x) if ctx.relu else dy
@@ -480,7 +486,7 @@ def _cast_convolutions(layers: Sequence[nn.Module], dtype: torch.dtype) -> dict[
     convs = [
         layer
         for layer in layers
-        if type(layer) is nn.Conv2d
+        if is_plain_layer(layer, nn.Conv2d)
         and layer.weight.dtype != dtype
         and not can_add(layer, layer.in_channels)
         and _norm.is_plain(layer)
@@ -527,7 +533,8 @@ def bam(x: Tensor, gate_c: nn.Sequential, gate_s: nn.Sequential, residual: Tenso
     weight, bias = contiguous(reduce.weight, reduce.bias)
     squeeze = _Squeeze.apply if needs_grad(x, weight, bias) else squeeze_op
     mean, reduced, *slots = squeeze(x, weight, bias)
-    channel, spatial = contiguous(channel_logits(mean, gate_c), _spatial_logits(reduced, gate_s))
+    channel, spatial = check_logits(x, channel_logits(mean, gate_c), _spatial_logits(reduced, gate_s))
+    channel, spatial = contiguous(channel, spatial)
     if needs_grad(x, channel, spatial, residual):
         return _Apply.apply(x, channel, spatial, residual, relu, *slots)
     return apply_op(x, channel, spatial, residual, relu, False)[0]

@@ -21,8 +21,8 @@ from attn_kernels.ops import _config as config
 from attn_kernels.ops import _norm
 from attn_kernels.ops._device import aligned, load_tile, store_tile, update_running
 from attn_kernels.ops._launch import norm_tile, tile_options
-from attn_kernels.ops._library import contiguous, dense, like, needs_grad, reference_gradients, register
-from reference._common import accumulation_dtype, has_hooks
+from attn_kernels.ops._library import contiguous, dense, like, needs_grad, reference_gradients, register, save, saved
+from reference._common import accumulation_dtype, is_plain_layer
 
 
 @triton.jit
@@ -59,7 +59,8 @@ def statistics_kernel(
         b_mean = b_tile_sum / count
         b_d = tl.where(m_p[None, :], b_c - b_mean[:, None], 0.0)
         b_delta = b_mean - b_sum / tl.maximum(seen, 1.0)
-        b_m2 += tl.sum(b_d * b_d, axis=1) + b_delta * b_delta * (seen * count / (seen + count))
+        # 0 at first, also where delta^2 would be infinite.
+        b_m2 += tl.sum(b_d * b_d, axis=1) + b_delta * (b_delta * (seen * count / (seen + count)))
         b_sum += b_tile_sum
         seen += count
     tl.store(part_ptr + i_q * C + o_c, b_sum, mask=o_c < C)
@@ -325,6 +326,7 @@ def _forward(
     grid, common = (config.cdiv(channels, tile.block_c), programs), _options(c, tile)
     r, statistics = _empty_outputs(c, add_weight)
     parts = None
+    mean, variance = contiguous(running_mean, running_var)
     if batch_statistics:
         parts = statistics.new_empty(programs * (2 * channels + 1))
         statistics_kernel[grid](c, parts, batches if update else None, n, channels, h * w, **common)
@@ -335,8 +337,8 @@ def _forward(
         bias,
         add_weight,
         add_bias,
-        running_mean,
-        running_var,
+        mean,
+        variance,
         batches,
         statistics,
         r,
@@ -351,6 +353,9 @@ def _forward(
         **common,
     )
     if update:
+        for buffer, written in ((running_mean, mean), (running_var, variance)):
+            if buffer is not written:
+                buffer.copy_(written)
         _norm.mark_updated(running_mean, running_var, batches)
     return r, statistics
 
@@ -445,13 +450,13 @@ class _BatchNormReLU(torch.autograd.Function):
     def forward(ctx, c, weight, bias, add_weight, add_bias, running_mean, running_var, batches, *options):
         parameters = weight, bias, add_weight, add_bias
         r, statistics = forward_op(c, *parameters, running_mean, running_var, batches, *options)
-        ctx.save_for_backward(c, *parameters, statistics)
+        save(ctx, c, *parameters, statistics)
         ctx.batch_statistics, _, _, ctx.eps = options
         return r
 
     @staticmethod
     def backward(ctx, dr):
-        c, *parameters, statistics = ctx.saved_tensors
+        c, *parameters, statistics = saved(ctx)
         no_buffers_or_options = (None,) * 7
         if torch.is_grad_enabled():
             formula = _formula(ctx.batch_statistics, ctx.eps, statistics)
@@ -484,18 +489,19 @@ def _formula(batch_statistics: bool, eps: float, statistics: Tensor):
 
 def is_fusable(norm: object, activation: object) -> bool:
     """Whether the kernels can stand for these two layers: a plain BatchNorm2d, a plain ReLU, plain tensors."""
-    return _norm.is_fusable(norm) and type(activation) is nn.ReLU and not has_hooks(activation) and _norm.is_plain(norm)
+    return _norm.is_fusable(norm) and is_plain_layer(activation, nn.ReLU) and _norm.has_usual_state(norm)
 
 
 def can_add(conv: object, channels: int) -> bool:
     """Whether the kernels can stand for this layer behind them: a plain 1x1 convolution of few channels to one."""
     return (
-        type(conv) is nn.Conv2d
+        is_plain_layer(conv, nn.Conv2d)
         and (conv.in_channels, conv.out_channels) == (channels, 1)
         and channels <= config.ADDED_CHANNELS
         and conv.kernel_size == conv.stride == (1, 1)
         and conv.padding == (0, 0)
-        and not has_hooks(conv)
+        and conv.weight.shape == (1, channels, 1, 1)
+        and (conv.bias is None or conv.bias.shape == (1,))
         and _norm.is_plain(conv)
     )
 

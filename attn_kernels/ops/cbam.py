@@ -44,6 +44,8 @@ from attn_kernels.ops._library import (
     needs_grad,
     reference_gradients,
     register,
+    save,
+    saved,
     unmask,
 )
 from attn_kernels.ops._phases import (
@@ -214,7 +216,7 @@ def scale_kernel(
     slots,  # where its slots begin, or None where it had none
     stamp,  # of its launch
     z_ptr,  # (N, P) and, behind it, written: mean and 1 / standard deviation
-    part_ptr,  # (3, programs)
+    part_ptr,  # (3, programs): counts, sums and sums of squared deviations
     weight_ptr,  # (1,) or None
     bias_ptr,  # (1,) or None
     running_mean_ptr,  # (1,), updated if UPDATE, or None
@@ -245,10 +247,11 @@ def scale_kernel(
         o_part = tl.arange(0, PARTS)
         m_part = o_part < programs
         b_count = tl.load(part_ptr + o_part, mask=m_part, other=0)
-        b_mean = tl.load(part_ptr + programs + o_part, mask=m_part, other=0)
+        b_sum = tl.load(part_ptr + programs + o_part, mask=m_part, other=0)
         b_m2 = tl.load(part_ptr + 2 * programs + o_part, mask=m_part, other=0)
-        mean = tl.sum(b_count * b_mean, axis=0) / COUNT
-        m2 = tl.sum(b_m2 + b_count * (b_mean - mean) * (b_mean - mean), axis=0)
+        mean = tl.sum(b_sum, axis=0) / COUNT
+        b_delta = b_sum / tl.maximum(b_count, 1.0) - mean
+        m2 = tl.sum(b_m2 + b_count * b_delta * b_delta, axis=0)
         variance = m2 / COUNT
     else:
         mean = tl.load(running_mean_ptr).to(ACC)
@@ -268,7 +271,8 @@ def scale_kernel(
                 if CUMULATIVE:
                     factor = 1 / batches.to(ACC)
             update_running(running_mean_ptr, mean, factor, None)
-            update_running(running_var_ptr, variance * COUNT / (COUNT - 1), factor, None)
+            count = tl.cast(COUNT, ACC)
+            update_running(running_var_ptr, variance * (count / (count - 1)), factor, None)
 
     blocks = tl.cdiv(P, BLOCK_P)
     i_n = (pid // blocks).to(tl.int64)
@@ -638,26 +642,26 @@ class _CBAM(torch.autograd.Function):
         pool_types, batch_statistics, update, momentum, eps, relu,
     ):  # fmt: skip
         parameters = w1, b1, w2, b2, conv_weight, weight, bias
-        y, *saved = forward_op(
+        y, *kept = forward_op(
             x, *parameters, running_mean, running_var, batches, residual,
             _channel.pool_bits(pool_types), batch_statistics, update, momentum, eps, relu, True,
         )  # fmt: skip
-        ctx.save_for_backward(x, *parameters, *saved)
+        save(ctx, x, *parameters, *kept)
         ctx.pool_types, ctx.batch_statistics, ctx.eps, ctx.relu = pool_types, batch_statistics, eps, relu
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, w1, b1, w2, b2, conv_weight, weight, bias, *saved = ctx.saved_tensors
+        x, w1, b1, w2, b2, conv_weight, weight, bias, *kept = saved(ctx)
         no_options = (None,) * 9
         need_dresidual = ctx.needs_input_grad[8]
         if torch.is_grad_enabled():
-            dy = unmask(dy, saved[-1], x) if ctx.relu else dy
-            formula = _formula(ctx.pool_types, ctx.batch_statistics, ctx.eps, saved[2][-2:])
+            dy = unmask(dy, kept[-1], x) if ctx.relu else dy
+            formula = _formula(ctx.pool_types, ctx.batch_statistics, ctx.eps, kept[2][-2:])
             inputs = (x, w1, b1, w2, b2, conv_weight, weight, bias)
             return *reference_gradients(formula, inputs, (dy,)), dy if need_dresidual else None, *no_options
         dx, dresidual, dw1, db1, dw2, db2, dconv, dweight, dbias = backward_op(
-            dy, x, w1, w2, b2, conv_weight, weight, bias, *saved,
+            dy, x, w1, w2, b2, conv_weight, weight, bias, *kept,
             _channel.pool_bits(ctx.pool_types), ctx.batch_statistics, ctx.relu, ctx.relu and need_dresidual,
         )  # fmt: skip
         return (

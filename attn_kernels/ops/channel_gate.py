@@ -45,6 +45,8 @@ from attn_kernels.ops._library import (
     needs_grad,
     reference_gradients,
     register,
+    save,
+    saved,
     unmask,
 )
 from attn_kernels.ops._phases import (
@@ -313,14 +315,14 @@ class _ChannelGate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w1, b1, w2, b2, residual, pool_types, activation, gate_name, relu):
         options = pool_bits(pool_types), activation, gate_name, relu
-        y, *saved = forward_op(x, w1, b1, w2, b2, residual, *options)
-        ctx.save_for_backward(x, w1, b1, w2, b2, *saved)
+        y, *kept = forward_op(x, w1, b1, w2, b2, residual, *options)
+        save(ctx, x, w1, b1, w2, b2, *kept)
         ctx.pool_types, ctx.options = pool_types, options
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, w1, b1, w2, b2, saved, argmax, mask = ctx.saved_tensors
+        x, w1, b1, w2, b2, *kept, mask = saved(ctx)
         _, activation, gate_name, relu = ctx.options
         need_dresidual = ctx.needs_input_grad[5]
         if torch.is_grad_enabled():
@@ -333,7 +335,7 @@ class _ChannelGate(torch.autograd.Function):
             gradients = reference_gradients(formula, (x, w1, b1, w2, b2), (dy,))
             return *gradients, dy if need_dresidual else None, None, None, None, None
         dx, dresidual, dw1, db1, dw2, db2 = backward_op(
-            dy, x, w1, w2, b2, saved, argmax, mask, *ctx.options, relu and need_dresidual
+            dy, x, w1, w2, b2, *kept, mask, *ctx.options, relu and need_dresidual
         )
         return (
             dx,

@@ -32,6 +32,8 @@ from attn_kernels.ops._library import (
     needs_grad,
     reference_gradients,
     register,
+    save,
+    saved,
     unmask,
 )
 from reference._common import accumulation_dtype
@@ -232,14 +234,14 @@ class _Pool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, pools):
         values, argmax = pool_op(x, pools)
-        ctx.save_for_backward(x, argmax)
+        save(ctx, x, argmax)
         ctx.pools = pools
         # view_as may change strides
         return values, torch.ops.aten.alias(x), torch.empty_like(values[:, 0])
 
     @staticmethod
     def backward(ctx, dpool, dy, gate):
-        x, argmax = ctx.saved_tensors
+        x, argmax = saved(ctx)
         if torch.is_grad_enabled():
             names = [name for i, name in enumerate(POOLS) if ctx.pools >> i & 1]
 
@@ -256,13 +258,13 @@ class _Scale(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gate, residual, relu, *slots):
         y, mask = scale_op(x, gate, residual, relu, True)
-        ctx.save_for_backward(x, gate, mask)
+        save(ctx, x, gate, mask)
         ctx.relu = relu
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, gate, mask = ctx.saved_tensors
+        x, gate, mask = saved(ctx)
         need_dresidual, to_slots = ctx.needs_input_grad[2], [None] * (len(ctx.needs_input_grad) - 4)
         if torch.is_grad_enabled():
             dy = unmask(dy, mask, x) if ctx.relu else dy

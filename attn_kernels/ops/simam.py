@@ -26,6 +26,8 @@ from attn_kernels.ops._library import (
     needs_grad,
     reference_gradients,
     register,
+    save,
+    saved,
     unmask,
 )
 from reference._common import accumulation_dtype
@@ -101,7 +103,8 @@ def simam_fwd_kernel(
             count, b_tile_mean, b_tile_m2 = _moments(b_tile, p, P, BLOCK_P)
             b_delta = b_tile_mean - b_mean
             b_mean += b_delta * (count / (p + count))
-            b_m2 += b_tile_m2 + b_delta * (b_delta * (p * count / (p + count)))  # 0 at first, also where delta^2 is not
+            # 0 at first, also where delta^2 would be infinite.
+            b_m2 += b_tile_m2 + b_delta * (b_delta * (p * count / (p + count)))
         b_q = _inverse(b_m2, P, LAMBDA)
         if saved_ptr is not None:
             o_c = c + tl.arange(0, BLOCK_C)
@@ -285,20 +288,20 @@ backward_op = register(
 class _SimAM(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, e_lambda, relu):
-        y, saved, mask = forward_op(x, residual, e_lambda, relu)
-        ctx.save_for_backward(x, saved, mask)
+        y, *kept = forward_op(x, residual, e_lambda, relu)
+        save(ctx, x, *kept)
         ctx.e_lambda, ctx.relu = e_lambda, relu
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, saved, mask = ctx.saved_tensors
+        x, statistics, mask = saved(ctx)
         need_dresidual = ctx.needs_input_grad[1]
         if torch.is_grad_enabled():
             dy = unmask(dy, mask, x) if ctx.relu else dy
             (dx,) = reference_gradients(lambda x: formula(x, ctx.e_lambda), (x,), (dy,))
             return dx, dy if need_dresidual else None, None, None
-        dx, dresidual = backward_op(dy, x, saved, mask, ctx.e_lambda, ctx.relu, ctx.relu and need_dresidual)
+        dx, dresidual = backward_op(dy, x, statistics, mask, ctx.e_lambda, ctx.relu, ctx.relu and need_dresidual)
         return dx, (dresidual if ctx.relu else dy) if need_dresidual else None, None, None
 
 
