@@ -1,7 +1,9 @@
-"""What a call of a module does: the fused path or the reference formula, why, and in which layout."""
+"""What a call of a module or a network does: the fused path or the reference formula, why, and in which layout."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +13,12 @@ import reference
 import reference.models
 from attn_kernels import functional
 from attn_kernels.functional import why_not
-from attn_kernels.fuse.modules import FusedBlock, FusedModule
-from attn_kernels.modules import BAM, CBAM, SE, ChannelGate, SimAM, SpatialGate
+from attn_kernels.fuse.modules import OF_REFERENCE, OURS, FusedBlock, FusedModule
 from attn_kernels.ops._library import is_dense, layout
 from reference._common import AttentionModule, check_input
+from reference.bam import check_bam
+from reference.cbam import check_spatial_gate
+from reference.se import check_mlp
 
 
 @dataclass(frozen=True)
@@ -40,31 +44,71 @@ class Explanation:
         """Whether the kernels run."""
         return not self.reasons
 
+    @property
+    def path(self) -> str:
+        """What runs."""
+        return f"fused, {self.layout}" if self.fused else self.otherwise
+
     def __str__(self) -> str:
-        lines = [f"{self.call}: {f'fused, {self.layout}' if self.fused else self.otherwise}"]
-        lines += [f"  because {reason}" for reason in self.reasons]
+        lines = [f"{self.call}: {self.path}", *(f"  because {reason}" for reason in self.reasons)]
         if self.copied:
             lines.append(f"  x is dense in neither layout: it is copied to {self.layout} first")
         return "\n".join(lines)
 
 
-def explain(module: nn.Module, x: Tensor, residual: Tensor | None = None) -> Explanation:
+@dataclass(frozen=True)
+class Explanations:
+    """What a call of a network does in each of its attention modules; ``str()`` is a table.
+
+    Attributes:
+        rows: name and explanation of each call, in the order of the calls.
+        not_called: the names of the attention modules that the call does not reach.
+    """
+
+    rows: tuple[tuple[str, Explanation], ...]
+    not_called: tuple[str, ...]
+
+    @property
+    def fused(self) -> bool:
+        """Whether the kernels run in every call."""
+        return all(explanation.fused for _, explanation in self.rows)
+
+    def __str__(self) -> str:
+        cells = [(name, e.call, e.path, "copied first" if e.copied else "") for name, e in self.rows]
+        widths = [max(map(len, column), default=0) for column in zip(*cells, strict=True)]
+        lines = []
+        for row, (_, explanation) in zip(cells, self.rows, strict=True):
+            lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+            lines += [f"  because {reason}" for reason in explanation.reasons]
+        lines += [f"{name}: not called" for name in self.not_called]
+        fused = sum(explanation.fused for _, explanation in self.rows)
+        return "\n".join([*lines, f"{fused} of {len(self.rows)} calls fused"])
+
+
+def explain(module: nn.Module, x: Tensor, residual: Tensor | None = None) -> Explanation | Explanations:
     """Say what ``module(x, residual)`` does here and now, without doing it.
 
     Args:
         module: an ``SE``, ``BAM``, ``CBAM``, ``ChannelGate``, ``SpatialGate`` or ``SimAM``, or a module or residual
             block that ``fuse_`` made, or a block of ``models`` on which SE's layers stand. Of a block, its attention is
-            asked about ``x``, too, for want of its input.
-        x: (N, C, H, W), float16, bfloat16, float32 or float64, in any layout.
-        residual: the shape of ``x``; None for what ``fuse_`` made, which takes no other argument.
+            asked about a tensor like ``x``, for want of its input. Or a network that has such modules: its forward pass
+            is run on tensors without data, which computes nothing and changes no buffer.
+        x: (N, C, H, W), float16, bfloat16, float32 or float64, in any layout; a network's only input, whatever it is.
+        residual: the shape of ``x``; None for what ``fuse_`` made and for networks, which take no other argument.
 
     Returns:
-        Whether the kernels run, every reason why they do not, the layout, and whether ``x`` is copied.
+        Whether the kernels run, every reason why they do not, the layout, and whether ``x`` is copied; of a network, a
+        table of that for each call of its attention modules.
 
     Raises:
-        TypeError, ValueError: another module, or an ``x`` or ``residual`` that the module refuses.
+        TypeError, ValueError: a module without attention, an ``x`` or ``residual`` that the module refuses, or a
+            network that cannot be run without data.
     """
+    if not _is_explained(module):
+        return _explain_network(module, x, residual)
     check_input(x, residual, None)
+    if isinstance(module, AttentionModule):
+        _check(module, x)
     call = f"{type(module).__name__} on {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} {x.device}"
     reasons = tuple(_reasons(module, x, residual))
     if reasons:
@@ -75,41 +119,130 @@ def explain(module: nn.Module, x: Tensor, residual: Tensor | None = None) -> Exp
     return Explanation(call, (), name, not is_dense(x))
 
 
+def _is_explained(module: nn.Module) -> bool:
+    """Whether the module is one of those that decide themselves what they run."""
+    return isinstance(module, (FusedModule, FusedBlock, *OF_REFERENCE)) or _is_se_block(module)
+
+
+def _is_se_block(module: nn.Module) -> bool:
+    return isinstance(module, reference.models._Block) and module.attention == "se"
+
+
+def _explain_network(network: nn.Module, x: Tensor, residual: Tensor | None) -> Explanations:
+    """Run the network on tensors without data, and ask its attention modules about what they were called with."""
+    found = {} if not isinstance(network, nn.Module) else dict(_attention_in(network))
+    if not found:
+        expected = "a module of attn_kernels or of fuse_, or a network that has some"
+        raise TypeError(f"module: expected {expected}, got {type(network).__name__}")
+    if residual is not None:
+        raise TypeError("residual: expected None for a network, got a tensor")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # here, for they are private
+
+    calls = []
+    with ExitStack() as stack:
+        for name, module in found.items():
+            record = lambda _, args, kwargs, name=name: calls.append((name, args, kwargs))  # noqa: E731
+            stack.callback(module.register_forward_pre_hook(record, with_kwargs=True, prepend=True).remove)
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        try:
+            network(x if isinstance(x, FakeTensor) else mode.from_tensor(x))
+        except Exception as error:
+            raise ValueError(
+                f"module: {type(network).__name__} cannot be run on a tensor without data of shape {tuple(x.shape)}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+    # The hooks are gone, so that they are no reason.
+    rows = tuple((name, _explain_call(found[name], *args, **kwargs)) for name, args, kwargs in calls)
+    return Explanations(rows, tuple(name for name in found if name not in {name for name, _ in rows}))
+
+
+def _attention_in(network: nn.Module, path: str = "") -> list[tuple[str, nn.Module]]:
+    """Names and modules that decide what they run, but those inside another."""
+    found = []
+    for name, child in network.named_children():
+        name = f"{path}{name}"
+        found += [(name, child)] if _is_explained(child) else _attention_in(child, f"{name}.")
+    return found
+
+
+def _explain_call(module: nn.Module, x: Tensor, residual: Tensor | None = None, activation: str | None = None):
+    return explain(module, x, residual)
+
+
 def _reasons(module: nn.Module, x: Tensor, residual: Tensor | None) -> list[str]:
     """Those of ``why_not`` on what the module's forward pass gives it."""
-    is_se_block = isinstance(module, reference.models._Block) and module.attention == "se"
-    if isinstance(module, FusedModule | FusedBlock) or is_se_block:
-        if residual is not None:
-            raise TypeError(f"residual: expected None, since {type(module).__name__} takes only x, got a tensor")
-        if not is_se_block:
-            return module.why_not(x) or _reasons_within(module, x)
-        if module.se is functional.se:
-            return why_not(x, (*module.fc1.parameters(), *module.fc2.parameters()))
-        return ["the module is reference's, not attn_kernels'"]
-    if isinstance(module, AttentionModule) and not module.is_plain():
+    is_attention = isinstance(module, AttentionModule)
+    if residual is not None and not is_attention:
+        raise TypeError(f"residual: expected None, since {type(module).__name__} takes only x, got a tensor")
+    if isinstance(module, FusedModule | FusedBlock):
+        return module.why_not(x) or _reasons_within(module, x)
+    if is_attention and not module.is_plain():
         return ["hooks on a layer, or another layer in its place: the layers are called as modules"]
-    if isinstance(module, CBAM) and module.no_spatial:
-        module = module.ChannelGate
-    if isinstance(module, SE | ChannelGate):
-        return why_not(x, (residual, *module.parameters()))
-    if isinstance(module, SimAM):
-        return why_not(x, (residual,))
-    if isinstance(module, CBAM):
-        gate = module.SpatialGate.spatial
-        return why_not(x, (residual, *module.ChannelGate.mlp_parameters(), gate.conv.weight), gate.bn)
-    if isinstance(module, SpatialGate):
-        return why_not(x, (residual, module.spatial.conv.weight), module.spatial.bn)
-    if isinstance(module, BAM):
-        return why_not(x, (residual, *module.spatial_att.gate_s[0].parameters()))
-    names = (reference.SE, reference.BAM, reference.CBAM, reference.SimAM, reference.ChannelGate, reference.SpatialGate)
-    if isinstance(module, names):
+    if not (isinstance(module, OURS) if is_attention else module.se is functional.se):
         return ["the module is reference's, not attn_kernels'"]
-    raise TypeError(f"module: expected a module of attn_kernels or of fuse_, got {type(module).__name__}")
+    others, norm, width = _reads(module)
+    return why_not(x, (residual, *others), norm, width)
+
+
+def _mlp(module: nn.Module) -> tuple[Tensor | None, ...]:
+    """The parameters of the channel gate's two layers, if there is one."""
+    if isinstance(module, reference.CBAM):
+        module = module.ChannelGate
+    if isinstance(module, reference.ChannelGate):
+        return module.mlp_parameters()
+    if isinstance(module, reference.SE) or _is_se_block(module):
+        return module.fc1.weight, module.fc1.bias, module.fc2.weight, module.fc2.bias
+    return ()
+
+
+def _spatial(module: nn.Module) -> tuple[Tensor, nn.Module] | tuple[()]:
+    """The convolution's weight and the norm of the spatial gate, if there is one."""
+    if isinstance(module, reference.CBAM) and not module.no_spatial:
+        module = module.SpatialGate
+    if isinstance(module, reference.SpatialGate):
+        return module.spatial.conv.weight, module.spatial.bn
+    return ()
+
+
+def _check(module: AttentionModule, x: Tensor) -> None:
+    """Raise what the functional form raises for the module's layers."""
+    if not module.is_plain():
+        return
+    if mlp := _mlp(module):
+        check_mlp(x, *mlp)
+    if spatial := _spatial(module):
+        check_spatial_gate(x, *spatial)
+    if isinstance(module, reference.BAM):
+        check_bam(x, module.channel_att.gate_c, module.spatial_att.gate_s)
+
+
+def _reads(module: nn.Module) -> tuple[Sequence[Tensor | None], object, int]:
+    """What the kernels read beside x and the residual, the norm, and the width of a map, as ``why_not`` takes them."""
+    if isinstance(module, reference.BAM):
+        reduce = module.spatial_att.gate_s[0]
+        return (reduce.weight, reduce.bias), None, reduce.out_channels
+    weight, norm = _spatial(module) or (None, None)
+    return (*_mlp(module), weight), norm, 0
 
 
 def _reasons_within(module: FusedModule | FusedBlock, x: Tensor) -> list[str]:
     """What the functional form that a module enters has to say, or the modules that a block calls."""
     if isinstance(module, FusedModule):
         return why_not(module._plan.nchw(x), (), module._plan.norm(module))
-    names = [".".join(path) for path in module._fusion.tails]
-    return [f"{name}: {reason}" for name in names for reason in _reasons(module.get_submodule(name), x, None)]
+    reasons = []
+    for path in module._fusion.tails:
+        gate = module.get_submodule(".".join(path))
+        reasons += [f"{'.'.join(path)}: {reason}" for reason in _reasons(gate, _as_taken(gate, x), None)]
+    return reasons
+
+
+def _as_taken(gate: nn.Module, x: Tensor) -> Tensor:
+    """A tensor like the block's input x, with as many channels and pixels as the gate takes; without memory."""
+    if not isinstance(gate, FusedModule) or gate._plan.nhwc:
+        return x
+    plan, (n, c, h, w) = gate._plan, x.shape
+    plane = plan.plane if isinstance(plan.plane, tuple) else (h, w)
+    return x[:1, :1, :1, :1].expand(n, plan.channels or c, *plane)

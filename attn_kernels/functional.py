@@ -27,7 +27,7 @@ from reference._common import is_plain_layer, without_autocast
 from reference.bam import check_bam
 from reference.cbam import check_cbam, check_channel_gate, check_spatial_gate
 from reference.channel_attention import check_channel_attention, check_gate
-from reference.se import check_se
+from reference.se import check_se, linear_weight
 from reference.simam import check_simam
 
 # The devices that the kernels run on, and why there is none.
@@ -62,13 +62,14 @@ else:
 __all__ = ["bam", "cbam", "channel_attention", "channel_gate", "se", "simam", "spatial_gate"]
 
 
-def why_not(x: Tensor, others: Sequence[Tensor | None] = (), norm: object = None) -> list[str]:
+def why_not(x: Tensor, others: Sequence[Tensor | None] = (), norm: object = None, width: int = 0) -> list[str]:
     """Why a call does not take the fused path; empty where it does.
 
     Args:
         x: (N, C, H, W), of a dtype and shape that the functional forms take.
         others: the residual and the parameters that the kernels would read.
         norm: the spatial gate's, where there is one.
+        width: the channels of the widest map of x's pixels that the kernels make.
     """
     reasons = why_not_here(x)
     if reasons and _records_plain_operators():
@@ -79,8 +80,8 @@ def why_not(x: Tensor, others: Sequence[Tensor | None] = (), norm: object = None
     elif any(t is not None and t.numel() == 0 for t in others):
         reasons.append("a parameter has no element: an MLP without hidden units")
     # Offsets within a sample, and within the maps of a batch, are 32 bits wide.
-    if c * h * w >= 2**30:
-        reasons.append("a sample of x has 2**30 elements or more")
+    if max(c, width) * h * w >= 2**30:
+        reasons.append("a sample of x, or of a map made of it, has 2**30 elements or more")
     if n * h * w >= 2**29:
         reasons.append("x has 2**29 pixels or more")
     if type(x) not in PLAIN or not PLAIN.issuperset(map(type, others)):
@@ -132,9 +133,9 @@ def _is_exporting() -> bool:
     return torch.compiler.is_exporting() if exporting is None else exporting
 
 
-def is_fused(x: Tensor, others: Sequence[Tensor | None] = (), norm: object = None) -> bool:
+def is_fused(x: Tensor, others: Sequence[Tensor | None] = (), norm: object = None, width: int = 0) -> bool:
     """Whether a call takes the fused path."""
-    return not why_not(x, others, norm)
+    return not why_not(x, others, norm, width)
 
 
 def _prepare(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -142,6 +143,11 @@ def _prepare(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]
     residual = None if residual is None else in_layout_of(x, residual)
     # torch.compile takes no tensor twice in an autograd Function.
     return x, torch.ops.aten.alias(x) if residual is x else residual
+
+
+def _linear(w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The MLP's parameters with weights of two dimensions."""
+    return linear_weight(w1), b1, linear_weight(w2), b2
 
 
 def se(
@@ -162,7 +168,8 @@ def se(
     if not is_fused(x, (residual, *parameters)):
         return reference.se(x, *parameters, **options)
     x, residual = _prepare(x, residual)
-    return _channel_gate.channel_gate(x, *parameters, residual, ("avg",), mlp_activation, gate, activation == "relu")
+    mlp = _linear(*parameters)
+    return _channel_gate.channel_gate(x, *mlp, residual, ("avg",), mlp_activation, gate, activation == "relu")
 
 
 def channel_gate(
@@ -182,7 +189,8 @@ def channel_gate(
     if not is_fused(x, (residual, *parameters)):
         return reference.channel_gate(x, *parameters, **options)
     x, residual = _prepare(x, residual)
-    return _channel_gate.channel_gate(x, *parameters, residual, pool_types, "relu", "sigmoid", activation == "relu")
+    mlp = _linear(*parameters)
+    return _channel_gate.channel_gate(x, *mlp, residual, pool_types, "relu", "sigmoid", activation == "relu")
 
 
 def channel_attention(
@@ -249,7 +257,7 @@ def cbam(
     if not is_fused(x, (residual, *mlp, conv_weight), norm):
         return reference.cbam(x, *mlp, conv_weight, norm, **options)
     x, residual = _prepare(x, residual)
-    return _cbam.cbam(x, mlp, conv_weight, norm, residual, pool_types, activation == "relu")
+    return _cbam.cbam(x, _linear(*mlp), conv_weight, norm, residual, pool_types, activation == "relu")
 
 
 def bam(
@@ -262,8 +270,8 @@ def bam(
 ) -> Tensor:
     check_bam(x, gate_c, gate_s, residual=residual, activation=activation)
     reduce = gate_s[0]
-    too_large = reduce.out_channels * x.shape[2] * x.shape[3] >= 2**30  # as of x: a reduced map that is a wider one
-    if too_large or not is_plain_layer(reduce, nn.Conv2d) or not is_fused(x, (residual, reduce.weight, reduce.bias)):
+    is_plain = is_plain_layer(reduce, nn.Conv2d)
+    if not is_plain or not is_fused(x, (residual, reduce.weight, reduce.bias), width=reduce.out_channels):
         return reference.bam(x, gate_c, gate_s, residual=residual, activation=activation)
     x, residual = _prepare(x, residual)
     return _bam.bam(x, gate_c, gate_s, residual, activation == "relu")

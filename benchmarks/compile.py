@@ -87,7 +87,7 @@ class ChannelAttention(nn.Module):
 
 
 def _se(network: str, channels: int, side: int, hidden: int, activation: str, gate: str) -> Site:
-    options = (("hidden_channels", hidden), ("activation", activation), ("gate", gate))
+    options = (("hidden_channels", hidden), ("mlp_activation", activation), ("gate", gate))
     return Site(network, "SE", (channels, side, side), options=options)
 
 
@@ -103,9 +103,9 @@ NETWORK_SITES = (
 ALL_POOLS = (("pool_types", ("avg", "max", "lp", "lse")),)
 OPTION_SITES = (
     Site("options", "SE", (512, 28, 28)),
-    Site("options", "SE", (512, 28, 28), options=(("bias", False), ("activation", "gelu"))),
-    Site("options", "SE", (512, 28, 28), options=(("activation", "leaky_relu"),)),
-    Site("options", "SE", (512, 28, 28), options=(("activation", "hardswish"), ("gate", "hardsigmoid"))),
+    Site("options", "SE", (512, 28, 28), options=(("bias", False), ("mlp_activation", "gelu"))),
+    Site("options", "SE", (512, 28, 28), options=(("mlp_activation", "leaky_relu"),)),
+    Site("options", "SE", (512, 28, 28), options=(("mlp_activation", "hardswish"), ("gate", "hardsigmoid"))),
     Site("options", "ChannelGate", (256, 56, 56)),
     Site("options", "ChannelGate", (512, 28, 28), True),
     Site("options", "ChannelGate", (512, 28, 28), True, ALL_POOLS),
@@ -159,7 +159,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, metavar="N", help="default: 1 32")
     parser.add_argument("--sass", action="store_true", help="hold PTX against the disassembly too: twice the time")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes (default: one a core)")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="CSV", help="default: benchmarks/results/")
+    parser.add_argument("--output", type=Path, metavar="CSV", help="of every kernel; the record is benchmarks/results/")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -186,12 +186,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     if rows:
         rows.sort(key=lambda row: list(map(str, row.values())))
-        write(rows, arguments.output)
+        if arguments.output:
+            write(rows, arguments.output)
         console.print(table(rows))
     torch_version, triton_version = versions().values()
     console.print(
         f"torch {torch_version}, Triton {triton_version}, commit {commit()}, no GPU; {command()}; "
-        f"every kernel: {arguments.output}",
+        f"{f'every kernel: {arguments.output}' if arguments.output else 'no rows were written (--output)'}",
         soft_wrap=True,
     )
     wrong += [f"{row['kernel']} {row['architecture']}, {row['case']}: {row['faults']}" for row in rows if row["faults"]]

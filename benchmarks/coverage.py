@@ -36,7 +36,7 @@ Row = dict[str, object]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "example: python -m benchmarks coverage --architectures seresnet50 efficientnet_b0"
     parser.add_argument("--architectures", nargs="+", metavar="NAME", help="only these")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="CSV", help="default: benchmarks/results/")
+    parser.add_argument("--output", type=Path, metavar="CSV", help="of the rows; the record is benchmarks/results/")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -59,13 +59,18 @@ def run(arguments: argparse.Namespace) -> int:
             if row["found"] or row["fused"] or row["left"]:
                 rows.append({"architecture": name, "library": library, **row, **provenance})
     if rows:
-        write(rows, arguments.output)
+        if arguments.output:
+            write(rows, arguments.output)
         console.print(table(rows))
     missed = [row for row in rows if row["missed"]]
     for row in missed:
         console.print(f"WRONG {row['architecture']}: {row['missed']} modules passed over")
-    console.print(f"{len(rows)} of {len(wanted)} architectures have attention modules: {arguments.output}")
+    console.print(f"{len(rows)} of {len(wanted)} architectures have attention modules. {_written(arguments.output)}")
     return 1 if missed else 0
+
+
+def _written(path: Path | None) -> str:
+    return f"Rows: {path}" if path else "No rows were written (--output)."
 
 
 def libraries() -> dict[str, dict[str, Callable[[], nn.Module]]]:

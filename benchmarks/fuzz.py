@@ -96,7 +96,7 @@ def draw(seed: int, elements: int) -> Case:
     options: dict[str, object] = {
         "SE": {
             "hidden_channels": max(1, c // reduction), "bias": r.random() < 0.7,
-            "activation": r.choice(("relu", "silu")), "gate": r.choice(("sigmoid", "hardsigmoid")),
+            "mlp_activation": r.choice(("relu", "silu")), "gate": r.choice(("sigmoid", "hardsigmoid")),
         },
         "ChannelGate": {"reduction_ratio": reduction, "pool_types": pools},
         "CBAM": {"reduction_ratio": reduction, "pool_types": pools, "no_spatial": r.random() < 0.2},

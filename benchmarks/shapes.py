@@ -54,7 +54,7 @@ KERNELS = {
     "cbam": Kernel("CBAM", 3, 5),
     "simam": Kernel("SimAM", 2, 3),
     "bam": Kernel("BAM", 3, 5),
-    "se_efficientnet_b0": Kernel("SE", 2, 3, EFFICIENTNET_B0, {"activation": "silu"}),
+    "se_efficientnet_b0": Kernel("SE", 2, 3, EFFICIENTNET_B0, {"mlp_activation": "silu"}),
     "se_mobilenet_v3": Kernel("SE", 2, 3, MOBILENET_V3_LARGE, {"gate": "hardsigmoid"}),
 }
 

@@ -129,8 +129,8 @@ def channel_gate(
 
     Args:
         x: (N, C, H, W), float16, bfloat16, float32 or float64, contiguous or channels_last.
-        fc1_weight, fc1_bias: (h, C) and (h,) or None, any float dtype; one MLP serves every pool.
-        fc2_weight, fc2_bias: (C, h) and (C,) or None, any float dtype; its bias counts once a pool.
+        fc1_weight, fc1_bias: (h, C) or (h, C, 1, 1), and (h,) or None, any float dtype; one MLP serves every pool.
+        fc2_weight, fc2_bias: (C, h) or (C, h, 1, 1), and (C,) or None, any float dtype; its bias counts once a pool.
         pool_types: any of "avg", "max", "lp" (sqrt of the sum of squares) and "lse" (log of the sum of exponentials).
         residual: added after the gate; the shape of ``x``.
         activation: None or "relu", applied last.

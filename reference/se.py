@@ -36,13 +36,26 @@ GATES = {"sigmoid": torch.sigmoid, "hardsigmoid": hardsigmoid}
 
 
 def check_mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None):
-    """Check the two layers of a gate's MLP: (h, C), (h,), (C, h), (C,) for any h."""
-    channels = x.shape[1]
-    hidden = fc1_weight.shape[0] if isinstance(fc1_weight, Tensor) and fc1_weight.dim() == 2 else 1
-    check_parameter("fc1_weight", fc1_weight, (hidden, channels), x)
+    """Check the two layers of a gate's MLP: (h, C), (h,), (C, h), (C,) for any h, weights also of 1x1 convolutions."""
+    channels, hidden = x.shape[1], 1
+    if isinstance(fc1_weight, Tensor) and fc1_weight.dim() >= 2:
+        hidden, takes = fc1_weight.shape[:2]
+        if takes != channels and isinstance(fc2_weight, Tensor) and fc2_weight.shape[:2] == (takes, hidden):
+            raise ValueError(f"x: expected {takes} channels, as fc1_weight takes, got shape {tuple(x.shape)}")
+    check_parameter("fc1_weight", fc1_weight, _like_weight(fc1_weight, hidden, channels), x)
     check_parameter("fc1_bias", fc1_bias, (hidden,), x, optional=True)
-    check_parameter("fc2_weight", fc2_weight, (channels, hidden), x)
+    check_parameter("fc2_weight", fc2_weight, _like_weight(fc2_weight, channels, hidden), x)
     check_parameter("fc2_bias", fc2_bias, (channels,), x, optional=True)
+
+
+def _like_weight(weight: object, *shape: int) -> tuple[int, ...]:
+    """The shape of a linear layer's weight, or of a 1x1 convolution's where ``weight`` has four dimensions."""
+    return (*shape, 1, 1) if isinstance(weight, Tensor) and weight.dim() == 4 else shape
+
+
+def linear_weight(weight: Tensor) -> Tensor:
+    """A linear layer's weight itself; a 1x1 convolution's without its last two dimensions."""
+    return weight if weight.dim() == 2 else weight.flatten(1)
 
 
 def check_se(
@@ -73,6 +86,7 @@ def mlp(
     activation: str,
 ) -> Tensor:
     """``fc2(act(fc1(pooled)))`` in ``pooled``'s dtype, whatever the parameters' dtype: (N, C) -> (N, C)."""
+    fc1_weight, fc2_weight = linear_weight(fc1_weight), linear_weight(fc2_weight)
     w1, b1, w2, b2 = (p if p is None else p.to(pooled.dtype) for p in (fc1_weight, fc1_bias, fc2_weight, fc2_bias))
     with without_autocast(pooled):
         return F.linear(ACTIVATIONS[activation](F.linear(pooled, w1, b1)), w2, b2)
@@ -96,8 +110,8 @@ def se(
 
     Args:
         x: (N, C, H, W), float16, bfloat16, float32 or float64, contiguous or channels_last.
-        fc1_weight, fc1_bias: (h, C) and (h,) or None, any float dtype.
-        fc2_weight, fc2_bias: (C, h) and (C,) or None, any float dtype.
+        fc1_weight, fc1_bias: (h, C) or (h, C, 1, 1), and (h,) or None, any float dtype.
+        fc2_weight, fc2_bias: (C, h) or (C, h, 1, 1), and (C,) or None, any float dtype.
         mlp_activation: "relu", "silu", "gelu", "leaky_relu" or "hardswish".
         gate: "sigmoid" or "hardsigmoid".
         residual: added after the gate; the shape of ``x``.
@@ -153,7 +167,7 @@ class SE(AttentionModule):
         reduction: h = max(1, round(C / reduction)).
         hidden_channels: h itself, in place of ``reduction``.
         bias: whether the two layers have biases.
-        activation: of the MLP: "relu", "silu", "gelu", "leaky_relu" or "hardswish".
+        mlp_activation: "relu", "silu", "gelu", "leaky_relu" or "hardswish".
         gate: "sigmoid" or "hardsigmoid".
 
     Raises:
@@ -169,29 +183,34 @@ class SE(AttentionModule):
         *,
         hidden_channels: int | None = None,
         bias: bool = True,
-        activation: str = "relu",
+        mlp_activation: str = "relu",
         gate: str = "sigmoid",
     ):
         super().__init__()
         check_positive("channels", channels)
         check_positive("reduction", reduction)
-        check_choice("activation", activation, ACTIVATIONS)
+        check_choice("mlp_activation", mlp_activation, ACTIVATIONS)
         check_choice("gate", gate, GATES)
         hidden = max(1, round(channels / reduction)) if hidden_channels is None else hidden_channels
         check_positive("hidden_channels", hidden)
         self.fc1 = nn.Linear(channels, hidden, bias=bias)
         self.fc2 = nn.Linear(hidden, channels, bias=bias)
-        self.activation, self.gate = activation, gate
+        self.mlp_activation, self.gate = mlp_activation, gate
 
     def is_plain(self):
         return is_plain_layer(self.fc1, nn.Linear) and is_plain_layer(self.fc2, nn.Linear)
 
     def attend(self, x, residual, activation):
         fc1, fc2 = self.fc1, self.fc2
-        options = {"mlp_activation": self.activation, "gate": self.gate, "residual": residual, "activation": activation}
+        options = {
+            "mlp_activation": self.mlp_activation,
+            "gate": self.gate,
+            "residual": residual,
+            "activation": activation,
+        }
         if not self.is_plain():
             return se_by_layers(x, fc1, fc2, **options)
         return self._function(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, **options)
 
     def extra_repr(self) -> str:
-        return f"activation={self.activation!r}, gate={self.gate!r}"
+        return f"mlp_activation={self.mlp_activation!r}, gate={self.gate!r}"

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from reference._common import AttentionModule, accumulation_dtype, check_input, tail
+from reference._common import AttentionModule, accumulation_dtype, check_input, check_positive, tail
 
 
 def check_lambda(e_lambda: float) -> None:
@@ -58,13 +58,15 @@ class SimAM(AttentionModule):
         e_lambda: regulariser of the variance, >= 0.
 
     Raises:
-        ValueError: a negative ``e_lambda``.
+        ValueError: ``channels`` that are no integer of at least 1, or a negative ``e_lambda``.
     """
 
     _function = staticmethod(simam)
 
     def __init__(self, channels: int | None = None, e_lambda: float = 1e-4):
         super().__init__()
+        if channels is not None:
+            check_positive("channels", channels)
         check_lambda(e_lambda)
         self.e_lambda = e_lambda
 

@@ -418,7 +418,11 @@ CONSTRUCTORS = {
         positive("reduction", channels=8, reduction=0),
         positive("reduction", channels=8, reduction=0.25),
         positive("hidden_channels", channels=8, hidden_channels=0),
-        ({"channels": 8, "activation": "tanh"}, ValueError, "activation: expected one of 'relu', .*, got 'tanh'"),
+        (
+            {"channels": 8, "mlp_activation": "tanh"},
+            ValueError,
+            "mlp_activation: expected one of 'relu', .*, got 'tanh'",
+        ),
         ({"channels": 8, "gate": "tanh"}, ValueError, "gate: expected one of 'sigmoid', 'hardsigmoid', got 'tanh'"),
     ],
     "ChannelGate": [*GATE, *POOL_TYPES],

@@ -108,7 +108,7 @@ def test_empty(module, device):
 def test_too_large(module, shape, words, device, monkeypatch):
     monkeypatch.setattr(functional, "_DEVICES", ("meta",))
     assert words in _reason(module.to("meta"), torch.empty(shape, device="meta"))
-    assert explain(module, torch.empty(shape[0], 4, shape[2] // 2, shape[3], device="meta")).fused
+    assert explain(module, torch.empty(shape[0], 8, shape[2] // 2, shape[3], device="meta")).fused
 
 
 def test_subclass_as_input_residual_and_parameter(module, device):
@@ -297,7 +297,9 @@ def test_blocks_of_fuse(device):
 def test_bad_arguments(device):
     with pytest.raises(TypeError, match="residual: expected None, since Fusedsimam_module takes only x"):
         explain(_fused(simam_module(), device), _x(device), _x(device))
-    with pytest.raises(TypeError, match="module: expected a module of attn_kernels or of fuse_, got Linear"):
+    with pytest.raises(
+        TypeError, match="module: expected a module of attn_kernels or of fuse_, or a network that has some, got Linear"
+    ):
         explain(nn.Linear(8, 8), _x(device))
     with pytest.raises(TypeError, match="x: expected dtype"):
         explain(attn_kernels.SimAM(), _x(device).int())

@@ -15,7 +15,7 @@ from attn_kernels import models as fused_models
 
 C = 16
 BUILD = {
-    "SE": lambda package: package.SE(C, 4, activation="silu", gate="hardsigmoid"),
+    "SE": lambda package: package.SE(C, 4, mlp_activation="silu", gate="hardsigmoid"),
     "ChannelGate": lambda package: package.ChannelGate(C, 4, ("avg", "max", "lse")),
     "SpatialGate": lambda package: package.SpatialGate(),
     "CBAM": lambda package: package.CBAM(C, 4),

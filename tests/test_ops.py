@@ -90,7 +90,7 @@ def test_a_real_plane(module, device):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_se_options(activation, gate, bias, device):
     def build(kit):
-        return kit.SE(20, hidden_channels=35, bias=bias, activation=activation, gate=gate)
+        return kit.SE(20, hidden_channels=35, bias=bias, mlp_activation=activation, gate=gate)
 
     check(build, (3, 20, 5, 7), torch.float32, "channels_last", device)
     check(build, (3, 20, 5, 7), torch.float64, "contiguous", device)

@@ -81,7 +81,7 @@ def test_se_is_published(shape):
 @pytest.mark.parametrize("gate", official.GATES)
 @pytest.mark.parametrize("activation", official.ACTIVATIONS)
 def test_se_variants_are_published(activation, gate, bias):
-    ours = reference.SE(24, hidden_channels=10, bias=bias, activation=activation, gate=gate)
+    ours = reference.SE(24, hidden_channels=10, bias=bias, mlp_activation=activation, gate=gate)
     nn.init.normal_(ours.fc2.weight, std=4)  # far enough out to reach the flat ends of the hard sigmoid
     theirs = official.SE(24, 10, bias, activation, gate)
     theirs.load_state_dict(ours.state_dict(), strict=True)
@@ -194,7 +194,7 @@ def test_tail(name, with_residual, activation):
 # Sizes at which a numerical Jacobian with respect to every input and every parameter is quick.
 TINY: dict[str, Callable[[], nn.Module]] = {
     **{
-        f"se-{activation}-{gate}": lambda a=activation, g=gate: reference.SE(4, 2, activation=a, gate=g)
+        f"se-{activation}-{gate}": lambda a=activation, g=gate: reference.SE(4, 2, mlp_activation=a, gate=g)
         for activation, gate in itertools.product(official.ACTIVATIONS, official.GATES)
     },
     **{f"channel_gate-{pool}": lambda p=pool: reference.ChannelGate(4, 2, (p,)) for pool in POOLS},

@@ -169,7 +169,7 @@ def reference_gradients(
         wanted = [t for t in inputs if t is not None and t.requires_grad]
         if not wanted:
             return [None] * len(inputs)
-        pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None]
+        pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None and o.requires_grad]
         found = iter(
             torch.autograd.grad(
                 [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True

@@ -4,8 +4,8 @@ Yang et al., ICML 2021, equations 5 and 6; n = max(P - 1, 1). N = bytes of x.
 
 Forward, 1 launch, 2N (+ N residual). A plane that does not fit a program is read again, backwards, from L2.
 Backward, 1 launch, 3N (+ N dresidual); likewise. With t = x - mean, q = 1 / (4 * (variance + lambda)),
-s = sigmoid(q t^2 + 0.5) and e = dy x s (1 - s):
-    dx = dy s + 2 q e t - 8 q^2 t sum_p(e t^2) / n - 2 q sum_p(e t) / P.
+s = sigmoid(q t^2 + 0.5) and u = dy s x (1 - s) q t:
+    dx = dy s + 2 (u - 4 q t sum_p(u t) / n - sum_p(u) / P).
 Saved: x, and mean and q of planes that do not fit a program; one bit an element with ReLU.
 """
 
@@ -35,12 +35,18 @@ from reference.simam import simam as formula
 
 
 @triton.jit
-def _moments(b_x, p, P, BLOCK_P: tl.constexpr):
-    """How many of a tile's pixels, from p on, are below P; their mean; the sum of their squared deviations."""
-    count = tl.minimum(P - p, BLOCK_P).to(b_x.dtype)
+def _deviations(b_x, b_mean, p, P):
+    """t of a tile's pixels, from p on; 0 from P on."""
+    return tl.where((p + tl.arange(0, b_x.shape[1]) < P)[None, :], b_x - b_mean[:, None], 0.0)
+
+
+@triton.jit
+def _moments(b_x, p, P):
+    """How many of a tile's pixels, from p on, are below P; their mean, deviations and the sum of their squares."""
+    count = tl.minimum(P - p, b_x.shape[1]).to(b_x.dtype)
     b_mean = tl.sum(b_x, axis=1) / count
-    b_t = tl.where((p + tl.arange(0, BLOCK_P) < P)[None, :], b_x - b_mean[:, None], 0.0)
-    return count, b_mean, tl.sum(b_t * b_t, axis=1)
+    b_t = _deviations(b_x, b_mean, p, P)
+    return count, b_mean, b_t, tl.sum(b_t * b_t, axis=1)
 
 
 @triton.jit
@@ -50,10 +56,10 @@ def _inverse(b_m2, P, LAMBDA: tl.constexpr):
 
 
 @triton.jit
-def _attention(b_t, b_q):
+def _attention(b_t, b_qt):
     """s = sigmoid(q t^2 + 0.5), and 1 - s."""
     LOG2_E: tl.constexpr = 1.4426950408889634
-    b_exp = tl.exp2(b_t * b_t * (-LOG2_E * b_q)[:, None] - 0.5 * LOG2_E)
+    b_exp = tl.exp2(b_qt * b_t * -LOG2_E - 0.5 * LOG2_E)
     # Of 1 to 1.6: the root and a square are two instructions, a division is ten.
     b_root = tl.rsqrt(1 + b_exp)
     b_s = b_root * b_root
@@ -61,8 +67,8 @@ def _attention(b_t, b_q):
 
 
 @triton.jit
-def _gated(b_x, b_mean, b_q):
-    b_s, _ = _attention(b_x - b_mean[:, None], b_q)
+def _gated(b_x, b_t, b_q):
+    b_s, _ = _attention(b_t, b_t * b_q[:, None])
     return b_x * b_s
 
 
@@ -91,8 +97,8 @@ def simam_fwd_kernel(
     c = tl.program_id(0) % blocks * BLOCK_C
     if WHOLE:
         b_x = load_tile(x_ptr, i_n, c, 0, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-        _, b_mean, b_m2 = _moments(b_x, 0, P, BLOCK_P)
-        b_y = _gated(b_x, b_mean, _inverse(b_m2, P, LAMBDA))
+        _, _, b_t, b_m2 = _moments(b_x, 0, P)
+        b_y = _gated(b_x, b_t, _inverse(b_m2, P, LAMBDA))
         store_tail(b_y, y_ptr, residual_ptr, mask_ptr, i_n, c, 0, C, P, RELU, CHANNELS_LAST, BLOCK_C, BLOCK_P)
     else:
         b_mean = tl.zeros([BLOCK_C], ACC)
@@ -100,7 +106,7 @@ def simam_fwd_kernel(
         for p in range(0, P, BLOCK_P):
             b_tile = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
             # With those of the pixels before as in Chan et al., 1983.
-            count, b_tile_mean, b_tile_m2 = _moments(b_tile, p, P, BLOCK_P)
+            count, b_tile_mean, _, b_tile_m2 = _moments(b_tile, p, P)
             b_delta = b_tile_mean - b_mean
             b_mean += b_delta * (count / (p + count))
             # 0 at first, also where delta^2 would be infinite.
@@ -113,7 +119,7 @@ def simam_fwd_kernel(
         for i in range(0, tl.cdiv(P, BLOCK_P)):
             p = (tl.cdiv(P, BLOCK_P) - 1 - i) * BLOCK_P  # backwards: the end of the planes was read last
             b_tile = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P, "evict_first")
-            b_y = _gated(b_tile, b_mean, b_q)
+            b_y = _gated(b_tile, b_tile - b_mean[:, None], b_q)
             store_tail(
                 b_y, y_ptr, residual_ptr, mask_ptr, i_n, c, p, C, P, RELU, CHANNELS_LAST, BLOCK_C, BLOCK_P,
                 "evict_first",
@@ -121,22 +127,20 @@ def simam_fwd_kernel(
 
 
 @triton.jit
-def _local_grads(b_dy, b_x, b_mean, b_q):
-    """t, dx as far as it does not go through the moments, and sum_p(e t), sum_p(e t^2); e is 0 where dy is."""
-    b_t = b_x - b_mean[:, None]
-    b_s, b_rest = _attention(b_t, b_q)
-    b_xt = b_x * b_rest * b_t
+def _local_grads(b_dy, b_x, b_t, b_q):
+    """dx as far as it does not go through the moments, and sum_p(u), sum_p(u t); u is 0 where dy and t are."""
+    b_qt = b_t * b_q[:, None]
+    b_s, b_rest = _attention(b_t, b_qt)
     b_direct = b_dy * b_s
-    b_et = b_direct * b_xt
-    return b_t, b_direct + b_et * (2 * b_q)[:, None], tl.sum(b_et, axis=1), tl.sum(b_et * b_t, axis=1)
+    b_u = b_direct * (b_x * b_rest) * b_qt  # in this order, for x t may be no float32
+    return b_direct + 2 * b_u, tl.sum(b_u, axis=1), tl.sum(b_u * b_t, axis=1)
 
 
 @triton.jit
-def _x_grad(b_t, b_local, b_q, b_sum_et, b_sum_ett, P):
+def _x_grad(b_t, b_local, b_q, b_sum_u, b_sum_ut, P):
     """dx, from the sums over whole planes."""
-    b_slope = 2 * b_q * (4 * b_q * b_sum_ett / tl.maximum(P - 1, 1))  # in this order, for q^2 may be no float32
-    b_dmean = 2 * b_q * b_sum_et / P
-    return b_local - b_t * b_slope[:, None] - b_dmean[:, None]
+    b_slope = 8 * b_q * (b_sum_ut / tl.maximum(P - 1, 1))
+    return b_local - b_t * b_slope[:, None] - (2 * b_sum_u / P)[:, None]
 
 
 @triton.jit
@@ -166,31 +170,33 @@ def simam_bwd_kernel(
     if WHOLE:
         b_x = load_tile(x_ptr, i_n, c, 0, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
         b_dy = load_tail_grad(dy_ptr, mask_ptr, dresidual_ptr, i_n, c, 0, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-        _, b_mean, b_m2 = _moments(b_x, 0, P, BLOCK_P)
+        _, b_mean, _, b_m2 = _moments(b_x, 0, P)
         b_q = _inverse(b_m2, P, LAMBDA)
-        b_t, b_local, b_et, b_ett = _local_grads(b_dy, b_x, b_mean, b_q)
-        b_dx = _x_grad(b_t, b_local, b_q, b_et, b_ett, P)
+        b_t = b_x - b_mean[:, None]
+        b_local, b_sum_u, b_sum_ut = _local_grads(b_dy, b_x, b_t, b_q)
+        b_dx = _x_grad(b_t, b_local, b_q, b_sum_u, b_sum_ut, P)
         store_tile(b_dx, dx_ptr, i_n, c, 0, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
     else:
         o_c = c + tl.arange(0, BLOCK_C)
         b_mean = tl.load(saved_ptr + i_n * 2 * C + o_c, mask=o_c < C, other=0)
         b_q = tl.load(saved_ptr + (i_n * 2 + 1) * C + o_c, mask=o_c < C, other=0)
-        b_et = tl.zeros([BLOCK_C], ACC)
-        b_ett = tl.zeros([BLOCK_C], ACC)
+        b_sum_u = tl.zeros([BLOCK_C], ACC)
+        b_sum_ut = tl.zeros([BLOCK_C], ACC)
         for p in range(0, P, BLOCK_P):
             b_g = load_tail_grad(dy_ptr, mask_ptr, None, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
             b_tile = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-            _, _, b_et_tile, b_ett_tile = _local_grads(b_g, b_tile, b_mean, b_q)
-            b_et += b_et_tile
-            b_ett += b_ett_tile
+            _, b_u_tile, b_ut_tile = _local_grads(b_g, b_tile, b_tile - b_mean[:, None], b_q)
+            b_sum_u += b_u_tile
+            b_sum_ut += b_ut_tile
         for i in range(0, tl.cdiv(P, BLOCK_P)):
             p = (tl.cdiv(P, BLOCK_P) - 1 - i) * BLOCK_P  # backwards, as in the forward pass
             b_g = load_tail_grad(
                 dy_ptr, mask_ptr, dresidual_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P, "evict_first"
             )  # fmt: skip
             b_tile = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P, "evict_first")
-            b_t, b_local, _, _ = _local_grads(b_g, b_tile, b_mean, b_q)
-            b_dx = _x_grad(b_t, b_local, b_q, b_et, b_ett, P)
+            b_t = b_tile - b_mean[:, None]
+            b_local, _, _ = _local_grads(b_g, b_tile, b_t, b_q)
+            b_dx = _x_grad(b_t, b_local, b_q, b_sum_u, b_sum_ut, P)
             store_tile(b_dx, dx_ptr, i_n, c, p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P, "evict_first")
 
 

@@ -69,7 +69,7 @@ BUILD: dict[str, Callable[[], nn.Module]] = {
     "OpenMMLab HSigmoid": partial(openmmlab.SELayer, C, 4, openmmlab.HSigmoid()),
     "OpenMMLab BatchNorm": partial(openmmlab.SELayer, C, 4, norm=True),
     "HF RegNet": partial(RegNetSELayer, C, 4),
-    "reference SE": partial(reference.SE, C, 4, activation="silu"),
+    "reference SE": partial(reference.SE, C, 4, mlp_activation="silu"),
     "reference BAM": partial(reference.BAM, C, 4),
     "reference CBAM": partial(reference.CBAM, C, 4),
     "reference SimAM": reference.SimAM,
