@@ -43,7 +43,6 @@ from benchmarks.shapes import EFFICIENTNET_B0, LAYOUTS, MOBILENET_V3_LARGE, RESN
 MODULES = ("SE", "ChannelGate", "SpatialGate", "CBAM", "BAM", "SimAM", "ChannelAttention")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 BATCHES = (1, 32)
-RESULTS = Path(__file__).parent / "results" / "compile.csv"
 
 
 def gathers(kernel: Kernel) -> int:

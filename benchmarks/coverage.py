@@ -25,7 +25,6 @@ from torch.overrides import TorchFunctionMode
 
 from benchmarks.provenance import command, commit, versions
 
-RESULTS = Path(__file__).parent / "results" / "coverage.csv"
 NAMES = {
     *("SEModule", "SELayer", "SqueezeExcite", "SqueezeExciteCl", "SqueezeExcitation", "EffectiveSEModule"),
     *("CbamModule", "LightCbamModule", "CBAM", "BAM", "simam_module"),

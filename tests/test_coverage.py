@@ -8,7 +8,8 @@ import pytest
 
 from attn_kernels.fuse import Unsupported
 from benchmarks.__main__ import main
-from benchmarks.coverage import RESULTS, configuration
+from benchmarks.coverage import configuration
+from benchmarks.rows import RESULTS
 from tests.fuse.cases import BUILD
 
 
@@ -19,7 +20,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def recorded() -> list[dict[str, str]]:
-    return read(RESULTS)
+    return read(RESULTS / "coverage.csv")
 
 
 def test_every_module_of_every_architecture_is_known(recorded):

@@ -47,12 +47,14 @@ from reference._common import accumulation_dtype, is_plain_layer
 from reference.bam import channel_logits, check_logits, convolve_by, spatial_layer
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+# A default as Triton 3.6 compiles it.
+ZERO = tl.constexpr(0)
 
 
 @triton.jit
-def _attention(channel_ptr, b_spatial, i_n, o_c, C):
-    """The channel logits, and the gate of a tile; logits are 1 outside, where 0 times an infinite one would be NaN."""
-    b_channel = tl.load(channel_ptr + i_n * C + o_c, mask=o_c < C, other=1).to(b_spatial.dtype)
+def _attention(channel_ptr, b_spatial, i_n, o_c, C, OUTSIDE: tl.constexpr = ZERO):
+    """The channel logits, OUTSIDE from C on, and the gate of a tile."""
+    b_channel = tl.load(channel_ptr + i_n * C + o_c, mask=o_c < C, other=OUTSIDE).to(b_spatial.dtype)
     return b_channel, tl.sigmoid(b_channel[:, None] * b_spatial[None, :])
 
 
@@ -81,7 +83,7 @@ def apply_fwd_kernel(
     i_n = (pid // blocks).to(tl.int64)
     p = pid % blocks * BLOCK_P
     o_p = p + tl.arange(0, BLOCK_P)
-    b_spatial = tl.load(spatial_ptr + i_n * P + o_p, mask=o_p < P, other=1).to(ACC)
+    b_spatial = tl.load(spatial_ptr + i_n * P + o_p, mask=o_p < P, other=0).to(ACC)
     for c in range(0, C, BLOCK_C):
         _, b_gate = _attention(channel_ptr, b_spatial, i_n, c + tl.arange(0, BLOCK_C), C)
         b_x = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
@@ -101,6 +103,7 @@ def dlogits_kernel(
     dspatial_ptr,  # (N, P), written
     C,
     P,
+    WHOLE: tl.constexpr,  # BLOCK_C divides C
     CHANNELS_LAST: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -114,13 +117,14 @@ def dlogits_kernel(
     i_b = tl.program_id(0) % blocks
     p = i_b * BLOCK_P
     o_p = p + tl.arange(0, BLOCK_P)
+    # Logits are 1 outside the map: 0 times an infinite one would be NaN, and so would the sums.
     b_spatial = tl.load(spatial_ptr + i_n * P + o_p, mask=o_p < P, other=1).to(ACC)
     b_dspatial = tl.zeros([BLOCK_C, BLOCK_P], ACC)
     for c in tl.range(0, C, BLOCK_C, num_stages=2):
         o_c = c + tl.arange(0, BLOCK_C)
         b_dy = load_tail_grad(dy_ptr, mask_ptr, dresidual_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
         b_x = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-        b_channel, b_gate = _attention(channel_ptr, b_spatial, i_n, o_c, C)
+        b_channel, b_gate = _attention(channel_ptr, b_spatial, i_n, o_c, C, 0 if WHOLE else 1)
         b_dlogit = b_dy * b_x * b_gate * (1 - b_gate)
         b_dspatial += b_dlogit * b_channel[:, None]
         b_dchannel = tl.sum(b_dlogit * b_spatial[None, :], axis=1)
@@ -231,7 +235,7 @@ def dx_kernel(
             b_dweight += tl.dot(b_dreduced, tl.trans(b_x), input_precision=PRECISION, out_dtype=ACC)
             b_dx = tl.dot(tl.trans(b_weight), b_dreduced, input_precision=PRECISION, out_dtype=ACC)
             if h == 0:
-                b_spatial = tl.load(spatial_ptr + i_n * P + o_p, mask=o_p < P, other=1).to(ACC)
+                b_spatial = tl.load(spatial_ptr + i_n * P + o_p, mask=o_p < P, other=0).to(ACC)
                 _, b_gate = _attention(channel_ptr, b_spatial, i_n, o_c, C)
                 b_dy = load_tile(dy_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
                 b_dmean = tl.load(dmean_ptr + i_n * C + o_c, mask=m_c, other=0) / P
@@ -289,6 +293,7 @@ def _dlogits(
         dspatial,
         c,
         h * w,
+        WHOLE=c % tile.block_c == 0,
         **tile_options(x, tile),
         maxnreg={2: 128}.get(x.element_size()),  # programs of 4 warps fit four times
     )
