@@ -234,6 +234,12 @@ def store_tile(
 
 
 @triton.jit
+def join_double(high, rest, ACC: tl.constexpr):
+    """The number that ``_launch.split_double`` has split."""
+    return tl.cast(high, ACC) + tl.cast(rest, ACC)
+
+
+@triton.jit
 def update_running(running_ptr, value, factor, mask):
     """BatchNorm's running average of a statistic of the batch, in place."""
     old = tl.load(running_ptr, mask=mask).to(value.dtype)

@@ -6,7 +6,9 @@ its own. The variable is read once, when this module is imported.
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import math
 import os
 import sys
 
@@ -77,6 +79,15 @@ def tile_options(x: Tensor, tile: config.Tile) -> dict[str, int]:
         "BLOCK_P": tile.block_p,
         "num_warps": tile.num_warps,
     }
+
+
+def split_double(number: float) -> tuple[float, float]:
+    """A double in float32, which a float argument of a kernel is, and what is left of its digits.
+
+    A constexpr would hold the double itself, and every value of it would be another kernel to compile.
+    """
+    high = ctypes.c_float(number).value
+    return high, number - high if math.isfinite(high) else 0.0
 
 
 # Triton's options for launches of a channel gate's items. What crosses programs must not be prefetched: cp.async may

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import struct
-
 import torch
 from torch import Tensor, nn
 
@@ -52,14 +50,6 @@ def options(norm: nn.BatchNorm2d) -> tuple[bool, bool, float | None, float]:
     """Whether the batch's statistics normalise, whether they update the buffers, momentum and eps."""
     update = norm.training and norm.track_running_stats and norm.running_mean is not None
     return uses_batch_statistics(norm), update, norm.momentum, norm.eps
-
-
-def split_momentum(momentum: float | None) -> tuple[float, float]:
-    """The momentum in float32, which a float argument of a kernel is, and what is left of a double's digits."""
-    if momentum is None:
-        return 0.0, 0.0
-    high = struct.unpack("f", struct.pack("f", momentum))[0]
-    return high, momentum - high
 
 
 def mark_updated(*buffers: Tensor | None) -> None:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from attn_kernels.ops import _config as config
 from attn_kernels.ops import _norm
-from attn_kernels.ops._device import aligned, load_tile, store_tile, update_running
-from attn_kernels.ops._launch import norm_tile, tile_options
+from attn_kernels.ops._device import aligned, join_double, load_tile, store_tile, update_running
+from attn_kernels.ops._launch import norm_tile, split_double, tile_options
 from attn_kernels.ops._library import contiguous, dense, like, needs_grad, reference_gradients, register, save, saved
 from reference._common import accumulation_dtype, is_plain_layer
 
@@ -104,8 +104,9 @@ def normalize_kernel(
     C,
     P,
     momentum,
-    momentum_rest,  # a float argument is fp32: what is left of a double's digits
-    EPS: tl.constexpr,
+    momentum_rest,
+    eps,
+    eps_rest,
     UPDATE: tl.constexpr,
     CUMULATIVE: tl.constexpr,
     PARTS: tl.constexpr,
@@ -134,12 +135,12 @@ def normalize_kernel(
     else:
         b_mean = tl.load(running_mean_ptr + o_c, mask=m_c, other=0).to(ACC)
         b_variance = tl.load(running_var_ptr + o_c, mask=m_c, other=0).to(ACC)
-    b_invstd = 1 / tl.sqrt(b_variance + EPS)
+    b_invstd = 1 / tl.sqrt(b_variance + join_double(eps, eps_rest, ACC))
     if i_q == 0:
         tl.store(statistics_ptr + o_c, b_mean, mask=m_c)
         tl.store(statistics_ptr + C + o_c, b_invstd, mask=m_c)
         if UPDATE:
-            factor = tl.cast(momentum, ACC) + tl.cast(momentum_rest, ACC)
+            factor = join_double(momentum, momentum_rest, ACC)
             if CUMULATIVE:
                 factor = 1 / tl.load(batches_ptr).to(ACC)
             count = tl.cast(N * P, ACC)
@@ -345,8 +346,8 @@ def _forward(
         n,
         channels,
         h * w,
-        *_norm.split_momentum(momentum),
-        EPS=eps,
+        *split_double(momentum or 0.0),
+        *split_double(eps),
         UPDATE=update,
         CUMULATIVE=momentum is None,
         PARTS=config.next_power_of_2(programs),

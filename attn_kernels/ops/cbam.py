@@ -27,13 +27,22 @@ from torch import Tensor, nn
 
 from attn_kernels.ops import _channel, _channel_bwd, _conv, _norm
 from attn_kernels.ops import _config as config
-from attn_kernels.ops._device import aligned, load_elements, load_tail_grad, load_tile, store_tail, update_running
+from attn_kernels.ops._device import (
+    aligned,
+    join_double,
+    load_elements,
+    load_tail_grad,
+    load_tile,
+    store_tail,
+    update_running,
+)
 from attn_kernels.ops._launch import (
     GATE_OPTIONS,
     channel_plan,
     pixel_tile,
     pools_tile,
     scale_options,
+    split_double,
     tile_options,
 )
 from attn_kernels.ops._library import (
@@ -225,10 +234,11 @@ def scale_kernel(
     programs,
     COUNT,
     momentum,
-    momentum_rest,  # a float argument is fp32: what is left of a double's digits
+    momentum_rest,
+    eps,
+    eps_rest,
     C,
     P,
-    EPS: tl.constexpr,
     BATCH_STATISTICS: tl.constexpr,
     UPDATE: tl.constexpr,
     CUMULATIVE: tl.constexpr,
@@ -256,7 +266,7 @@ def scale_kernel(
     else:
         mean = tl.load(running_mean_ptr).to(ACC)
         variance = tl.load(running_var_ptr).to(ACC)
-    invstd = 1 / tl.sqrt(variance + EPS)
+    invstd = 1 / tl.sqrt(variance + join_double(eps, eps_rest, ACC))
     if pid == 0:
         tl.store(z_ptr + COUNT, mean)
         tl.store(z_ptr + COUNT + 1, invstd)
@@ -264,7 +274,7 @@ def scale_kernel(
         if slots is not None:
             complete = tl.load(slots_pointer(gate_ptr, slots)) != stamp
         if UPDATE and complete:
-            factor = tl.cast(momentum, ACC) + tl.cast(momentum_rest, ACC)
+            factor = join_double(momentum, momentum_rest, ACC)
             if batches_ptr is not None:
                 batches = tl.load(batches_ptr) + 1
                 tl.store(batches_ptr, batches)
@@ -458,10 +468,10 @@ def _forward(
         batches,
         parts.shape[1],
         n * h * w,
-        *_norm.split_momentum(momentum),
+        *split_double(momentum or 0.0),
+        *split_double(eps),
         c,
         h * w,
-        EPS=eps,
         BATCH_STATISTICS=batch_statistics,
         UPDATE=update,
         CUMULATIVE=momentum is None,

@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from attn_kernels.ops import _config as config
-from attn_kernels.ops._device import aligned, load_tail_grad, load_tile, store_tail, store_tile
-from attn_kernels.ops._launch import tile_options, whole_plane_tile
+from attn_kernels.ops._device import aligned, join_double, load_tail_grad, load_tile, store_tail, store_tile
+from attn_kernels.ops._launch import split_double, tile_options, whole_plane_tile
 from attn_kernels.ops._library import (
     empty_mask,
     is_channels_last,
@@ -50,9 +50,9 @@ def _moments(b_x, p, P):
 
 
 @triton.jit
-def _inverse(b_m2, P, LAMBDA: tl.constexpr):
+def _inverse(b_m2, P, e_lambda):
     """q, from the sum of squared deviations."""
-    return 1 / (4 * (b_m2 / tl.maximum(P - 1, 1) + LAMBDA))
+    return 1 / (4 * (b_m2 / tl.maximum(P - 1, 1) + e_lambda))
 
 
 @triton.jit
@@ -81,7 +81,8 @@ def simam_fwd_kernel(
     saved_ptr,  # (N, 2, C), written unless WHOLE, or None: mean and q
     C,
     P,
-    LAMBDA: tl.constexpr,
+    e_lambda,
+    e_lambda_rest,
     RELU: tl.constexpr,
     WHOLE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -92,13 +93,14 @@ def simam_fwd_kernel(
     """y of BLOCK_C planes. Reads x once if the planes fit the tile (WHOLE), else twice."""
     C, P = aligned(C, P, UNIT, CHANNELS_LAST)
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    e_lambda = join_double(e_lambda, e_lambda_rest, ACC)
     blocks = tl.cdiv(C, BLOCK_C)
     i_n = (tl.program_id(0) // blocks).to(tl.int64)
     c = tl.program_id(0) % blocks * BLOCK_C
     if WHOLE:
         b_x = load_tile(x_ptr, i_n, c, 0, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
         _, _, b_t, b_m2 = _moments(b_x, 0, P)
-        b_y = _gated(b_x, b_t, _inverse(b_m2, P, LAMBDA))
+        b_y = _gated(b_x, b_t, _inverse(b_m2, P, e_lambda))
         store_tail(b_y, y_ptr, residual_ptr, mask_ptr, i_n, c, 0, C, P, RELU, CHANNELS_LAST, BLOCK_C, BLOCK_P)
     else:
         b_mean = tl.zeros([BLOCK_C], ACC)
@@ -111,7 +113,7 @@ def simam_fwd_kernel(
             b_mean += b_delta * (count / (p + count))
             # 0 at first, also where delta^2 would be infinite.
             b_m2 += b_tile_m2 + b_delta * (b_delta * (p * count / (p + count)))
-        b_q = _inverse(b_m2, P, LAMBDA)
+        b_q = _inverse(b_m2, P, e_lambda)
         if saved_ptr is not None:
             o_c = c + tl.arange(0, BLOCK_C)
             tl.store(saved_ptr + i_n * 2 * C + o_c, b_mean, mask=o_c < C)
@@ -153,7 +155,8 @@ def simam_bwd_kernel(
     dresidual_ptr,  # (N, C, P), written, or None
     C,
     P,
-    LAMBDA: tl.constexpr,
+    e_lambda,
+    e_lambda_rest,
     WHOLE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     UNIT: tl.constexpr,
@@ -163,6 +166,7 @@ def simam_bwd_kernel(
     """dx of BLOCK_C planes. Reads dy and x once if the planes fit the tile (WHOLE), else twice; writes dx."""
     C, P = aligned(C, P, UNIT, CHANNELS_LAST)
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    e_lambda = join_double(e_lambda, e_lambda_rest, ACC)
     blocks = tl.cdiv(C, BLOCK_C)
     i_n = (tl.program_id(0) // blocks).to(tl.int64)
     c = tl.program_id(0) % blocks * BLOCK_C
@@ -171,7 +175,7 @@ def simam_bwd_kernel(
         b_x = load_tile(x_ptr, i_n, c, 0, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
         b_dy = load_tail_grad(dy_ptr, mask_ptr, dresidual_ptr, i_n, c, 0, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
         _, b_mean, _, b_m2 = _moments(b_x, 0, P)
-        b_q = _inverse(b_m2, P, LAMBDA)
+        b_q = _inverse(b_m2, P, e_lambda)
         b_t = b_x - b_mean[:, None]
         b_local, b_sum_u, b_sum_ut = _local_grads(b_dy, b_x, b_t, b_q)
         b_dx = _x_grad(b_t, b_local, b_q, b_sum_u, b_sum_ut, P)
@@ -215,7 +219,7 @@ def _launch_forward(
         None if whole else saved,
         c,
         h * w,
-        LAMBDA=e_lambda,
+        *split_double(e_lambda),
         RELU=relu,
         WHOLE=whole,
         **tile_options(x, tile),
@@ -264,7 +268,7 @@ def _backward(
         dresidual,
         c,
         h * w,
-        LAMBDA=e_lambda,
+        *split_double(e_lambda),
         WHOLE=tile.block_p >= h * w,
         **tile_options(x, tile),
     )
