@@ -1,0 +1,159 @@
+"""Where NaN and infinities land: in outputs, gradients and buffers exactly where the reference has them.
+
+The table in docs/numerics.md says it in words.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+import attn_kernels
+import reference
+from reference.se import ACTIVATIONS, GATES
+from tests.harness import ALL_POOLS, LAYOUTS, MODULES, Run, pair
+
+C = 12
+NAN, INF = float("nan"), float("inf")
+VALUES = {"nan": NAN, "inf": INF, "-inf": -INF}
+# name: module
+BUILDS = {name: build for name, build in MODULES.items() if name not in ("se", "channel_gate")}
+BUILDS |= {
+    f"se {activation} {gate}": lambda kit, c, activation=activation, gate=gate: kit.SE(
+        c, 4, mlp_activation=activation, gate=gate
+    )
+    for activation, gate in itertools.product(ACTIVATIONS, GATES)
+}
+BUILDS |= {f"channel_gate {pool}": lambda kit, c, pool=pool: kit.ChannelGate(c, 4, (pool,)) for pool in ALL_POOLS}
+WALKED = ("simam", "cbam", "bam", "spatial_gate", "channel_gate max", "channel_gate lse")
+
+
+@pytest.fixture(autouse=True)
+def relu6_of_scalars(monkeypatch):
+    """ReLU6's gradient at NaN is dy on GPUs and of few numbers on the CPU; of many, vectorised code makes 0 of it."""
+
+    def hardsigmoid(x):
+        return torch.where(x + 3 >= 6, 6.0, torch.relu(x + 3)) / 6
+
+    monkeypatch.setitem(GATES, "hardsigmoid", hardsigmoid)
+
+
+def _kinds(t):
+    """0 of finite numbers, 1, 2 and 3 of -infinity, infinity and NaN."""
+    return torch.where(t.isnan(), 3, torch.where(t == INF, 2, torch.where(t == -INF, 1, 0)))
+
+
+def _results(module, x, residual, activation, dy, create_graph):
+    leaves = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, residual)]
+    y = module(*leaves, activation)
+    names = ["x", "residual", *dict(module.named_parameters())]
+    gradients = torch.autograd.grad(y, [*leaves, *module.parameters()], dy, create_graph=create_graph)
+    return Run(y, dict(zip(names, gradients, strict=True)), dict(module.named_buffers()))
+
+
+def assert_same_kinds(fused, eager, *arguments, create_graph=False):
+    """Assert that all results are finite, infinite or NaN at the same places."""
+    got, want = (_results(module, *arguments, create_graph) for module in (fused, eager))
+    assert torch.equal(_kinds(got.y), _kinds(want.y)), "y"
+    for name, gradient in want.gradients.items():
+        if name.endswith("conv.weight") and gradient.shape[-1] > 1:
+            # The CPU's convolution multiplies padding as well, and 0 times infinity is NaN: others need not.
+            assert not (gradient.isfinite() & ~got.gradients[name].isfinite()).any(), f"d{name}"
+        else:
+            assert torch.equal(_kinds(got.gradients[name]), _kinds(gradient)), f"d{name}"
+    for name in want.buffers:
+        assert torch.equal(_kinds(got.buffers[name].float()), _kinds(want.buffers[name].float())), name
+
+
+def _planted(place, value, shape, layout, device):
+    """x, residual and dy, of which one has the value at three places."""
+    tensors = {name: torch.randn(shape) for name in ("x", "residual", "dy")}
+    if place in tensors:
+        for index in ((1, 3, 2, 4), (1, 3, 4, 4), (0, -1, -1, -1)):
+            tensors[place][index] = value
+    return [t.to(device).contiguous(memory_format=LAYOUTS[layout]) for t in tensors.values()]
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("name", BUILDS)
+def test_as_the_reference(name, value, device):
+    training = (False, True) if name in ("cbam", "spatial_gate", "bam") else (True,)
+    cases = itertools.product(("x", "residual", "dy"), training, ((None, "contiguous"), ("relu", "channels_last")))
+    for place, train, (activation, layout) in cases:
+        fused, eager = pair(lambda kit: BUILDS[name](kit, C), device)
+        x, residual, dy = _planted(place, VALUES[value], (3, C, 5, 7), layout, device)
+        assert_same_kinds(fused.train(train), eager.train(train), x, residual, activation, dy)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("name", WALKED)
+def test_planes_larger_than_a_tile(name, value, layout, device):
+    for place in ("x", "dy"):
+        fused, eager = pair(lambda kit: BUILDS[name](kit, C), device)
+        x, residual, dy = _planted(place, VALUES[value], (2, C, 41, 41), layout, device)
+        assert_same_kinds(fused, eager, x, residual, None, dy)
+
+
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("name", MODULES)
+def test_gradients_that_are_differentiated(name, value, device):
+    for place, activation in itertools.product(("x", "dy"), (None, "relu")):
+        fused, eager = pair(lambda kit: MODULES[name](kit, C), device)
+        x, residual, dy = _planted(place, VALUES[value], (3, C, 5, 7), "channels_last", device)
+        assert_same_kinds(fused, eager, x, residual, activation, dy, create_graph=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("branch", ["channel", "spatial"])
+def test_infinite_logits_of_bam(branch, layout, device):
+    """Times the zeros that stand outside a tile's map they would be NaN."""
+    fused, eager = (m.eval() for m in pair(lambda kit: kit.BAM(C, 4), device))
+    for module in (fused, eager):
+        last = (module.channel_att.gate_c if branch == "channel" else module.spatial_att.gate_s)[-1]
+        last.bias.data[0] = INF
+    x, residual, dy = _planted(None, 0, (3, C, 5, 7), layout, device)
+    assert_same_kinds(fused, eager, x, residual, None, dy)
+
+
+def test_a_dead_elements_infinite_gradient_is_dropped(device):
+    """A mask that is multiplied with makes NaN of it."""
+    x = torch.tensor([[[[-1.0, 2.0]]]], device=device).requires_grad_()
+    dy = torch.tensor([[[[INF, 1.0]]]], device=device)
+    for create_graph in (False, True):
+        (dx,) = torch.autograd.grad(attn_kernels.SimAM()(x, None, "relu"), x, dy, create_graph=create_graph)
+        assert dx.isfinite().all()
+
+
+def _finite_as(formula, fused, *tensors):
+    """Assert that the fused results are finite where the reference's are."""
+    for got, want in zip(fused(*tensors), formula(*tensors), strict=True):
+        assert (got.isfinite() | ~want.isfinite()).all()
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("side", [5, 41])  # a plane that a program holds, and one that it walks
+@pytest.mark.parametrize("deviation", [0.0, 1e19, 1.5e19])  # the last one's squares have an infinite sum
+def test_simam_of_a_mean_whose_square_is_infinite(deviation, side, layout, device):
+    x = 5e19 + deviation * (torch.randint(0, 2, (1, 8, side, side)) * 2 - 1)
+    x = x.to(device).contiguous(memory_format=LAYOUTS[layout])
+
+    def both(function):
+        def results(x):
+            x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+            y = function(x)
+            return y, *torch.autograd.grad(y.sum(), x)
+
+        return results
+
+    _finite_as(both(reference.simam), both(attn_kernels.functional.simam), x)
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("name", ["cbam", "spatial_gate", "bam"])
+def test_batch_norms_of_a_mean_whose_square_is_infinite(name, device):
+    fused, eager = pair(lambda kit: MODULES[name](kit, 4), device)
+    x = torch.full((2, 4, 9, 9), 3e20, device=device)
+    _finite_as(lambda x: (eager(x), *eager.buffers()), lambda x: (fused(x), *fused.buffers()), x)
