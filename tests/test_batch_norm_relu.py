@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import library, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import attn_kernels
+import reference
 from attn_kernels.ops import _config, _launch
 from attn_kernels.ops.batch_norm_relu import backward_op, batch_norm_relu, can_add, forward_op, is_fusable
 from reference.bam import spatial_layer
@@ -208,6 +210,67 @@ def test_buffers_are_counted_once_and_their_versions_too(device):
     assert all(torch.equal(a, b) for a, b in zip(norm.buffers(), before, strict=True))
 
 
+def _column(t):
+    """The values of ``t`` in memory that it shares with its neighbours; the matrix itself."""
+    matrix = torch.stack([t, torch.full_like(t, 9)], -1)
+    return matrix[:, 0], matrix
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("with_conv", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+def test_states_of_any_stride(training, with_conv, device):
+    """Buffers and parameters that are columns of matrices: neighbours in memory are neither read nor written."""
+    c = _map((3, 5, 4, 6), torch.float64, "channels_last", device)
+    norm = _norm(5, device).double().train(training)
+    conv = nn.Conv2d(5, 1, 1).to(c) if with_conv else None
+    strided, matrices = copy.deepcopy(norm), []
+    for states in (strided._buffers, strided._parameters):
+        for name in ("running_mean", "running_var", "weight", "bias"):
+            if name in states:
+                column, matrix = _column(states[name].detach())
+                states[name] = column if states is strided._buffers else nn.Parameter(column)
+                matrices.append(matrix)
+    assert not strided.running_mean.is_contiguous()
+    assert not strided.weight.is_contiguous()
+    dr = _dr(c, with_conv)
+    got, want = (_results(batch_norm_relu, c, n, conv, dr) for n in (strided, norm))
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    assert all((matrix[:, 1] == 9).all() for matrix in matrices)
+    versions = [b._version for b in strided.buffers()]
+    batch_norm_relu(c, strided.train())
+    assert all(b._version > v for b, v in zip(strided.buffers(), versions, strict=True))
+
+
+def _with_state(name, state, channels=4):
+    norm = nn.BatchNorm2d(channels)
+    (norm._buffers if name in norm._buffers else norm._parameters)[name] = state
+    return norm
+
+
+@pytest.mark.parametrize(
+    ("name", "state"),
+    [
+        ("running_mean", torch.zeros(1).expand(4)),
+        ("running_var", torch.ones(3)),
+        ("running_var", torch.ones(5)),
+        ("weight", nn.Parameter(torch.ones(3))),
+        ("bias", nn.Parameter(torch.ones(4, 1))),
+        ("num_batches_tracked", torch.zeros(2, dtype=torch.long)),
+    ],
+)
+def test_other_states_are_pytorchs(name, state):
+    assert not is_fusable(_with_state(name, state), nn.ReLU())
+
+
+@pytest.mark.parametrize(("name", "state"), [("running_mean", torch.zeros(2)), ("bias", nn.Parameter(torch.ones(2)))])
+def test_other_states_of_cbams_norm_are_pytorchs(name, state, device):
+    module = attn_kernels.SpatialGate()
+    module.spatial.bn = _with_state(name, state, channels=1)
+    with pytest.raises(RuntimeError, match=f"{name} should contain 1 elements not 2"):
+        module.to(device)(torch.randn(2, 3, 4, 5, device=device))
+
+
 def test_saves_the_map_and_little_else(device):
     c = torch.randn(4, 8, 16, 16, device=device).requires_grad_()
     saved = {}
@@ -227,11 +290,23 @@ def _hooked(layer):
     return layer
 
 
+def _patched(layer):
+    layer.forward = lambda t: t
+    return layer
+
+
+def _with_weight(weight):
+    conv = nn.Conv2d(4, 1, 1)
+    conv.weight = nn.Parameter(weight)
+    return conv
+
+
 def test_stands_for_plain_layers_only():
     assert is_fusable(nn.BatchNorm2d(4), nn.ReLU())
-    for norm in (_Norm(4), nn.SyncBatchNorm(4), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4), _hooked(nn.BatchNorm2d(4))):
+    norms = (_Norm(4), nn.SyncBatchNorm(4), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4), _hooked(nn.BatchNorm2d(4)))
+    for norm in (*norms, _patched(nn.BatchNorm2d(4))):
         assert not is_fusable(norm, nn.ReLU())
-    for activation in (nn.ReLU6(), nn.GELU(), nn.Identity(), _hooked(nn.ReLU())):
+    for activation in (nn.ReLU6(), nn.GELU(), nn.Identity(), _hooked(nn.ReLU()), _patched(nn.ReLU())):
         assert not is_fusable(nn.BatchNorm2d(4), activation)
     assert can_add(nn.Conv2d(4, 1, 1), 4)
     for conv in (
@@ -241,6 +316,9 @@ def test_stands_for_plain_layers_only():
         nn.Conv2d(4, 1, 1, stride=2),
         nn.Linear(4, 1),
         _hooked(nn.Conv2d(4, 1, 1)),
+        _patched(nn.Conv2d(4, 1, 1)),
+        _with_weight(torch.ones(1, 3, 1, 1)),
+        _with_weight(torch.ones(4)),
     ):
         assert not can_add(conv, 4)
     assert not can_add(nn.Conv2d(4096, 1, 1), 4096)
@@ -297,6 +375,56 @@ def test_a_map_that_a_layer_resized_is_pytorchs(device):
     fused.gate_s.insert(1, nn.PixelUnshuffle(2))
     with pytest.raises((ValueError, RuntimeError)):
         fused(torch.randn(2, 12, 4, 4, device=device))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_spatial_map_of_one_pixel_is_that_of_all(training, device):
+    layers = [nn.BatchNorm2d(3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 1, 1)]
+    modules = pair(lambda kit: _Branches(kit, *copy.deepcopy(layers)), device)
+    fused, eager = (m.double().train(training) for m in modules)
+    x, dy = (torch.randn(6, 12, 4, 5, dtype=torch.float64, device=device) for _ in range(2))
+    got, want = (run(m, x, None, None, dy) for m in (fused, eager))
+    torch.testing.assert_close(got.y, want.y, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(got.gradients, want.gradients, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("kit", [reference, attn_kernels])
+@pytest.mark.parametrize(
+    ("last", "shape"),
+    [
+        ([nn.Conv2d(3, 1, 3)], (2, 1, 2, 3)),
+        ([nn.Upsample(scale_factor=2), nn.Conv2d(3, 1, 1)], (2, 1, 8, 10)),
+        ([nn.Conv2d(3, 1, 1), nn.AdaptiveAvgPool2d((1, None))], (2, 1, 1, 5)),
+        ([nn.Conv2d(3, 1, 1), nn.ConvTranspose2d(1, 12, 1)], (2, 12, 4, 5)),
+    ],
+    ids=["unpadded", "upsampled", "a row", "channels"],
+)
+def test_a_spatial_map_of_another_size_is_refused(kit, last, shape, device):
+    module = _Branches(kit, nn.BatchNorm2d(3), nn.ReLU(), *last).to(device)
+    expected = re.escape(f"gate_s: expected to return (N, 1, H, W), (2, 1, 4, 5), got {shape}")
+    with pytest.raises(ValueError, match=expected):
+        module(torch.randn(2, 12, 4, 5, device=device))
+
+
+@pytest.mark.parametrize("kit", [reference, attn_kernels])
+def test_channel_logits_of_another_shape_are_refused(kit, device):
+    module = _Branches(kit, nn.Conv2d(3, 1, 1))
+    module.gate_c.append(nn.Unflatten(1, (12, 1, 1)))
+    with pytest.raises(ValueError, match=re.escape("gate_c: expected to return (N, C), (2, 12), got (2, 12, 1, 1)")):
+        module.to(device)(torch.randn(2, 12, 4, 5, device=device))
+
+
+@pytest.mark.parametrize("kit", [reference, attn_kernels])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_hooks_on_the_reducing_convolution_run(kit, mixed, device):
+    module, calls = _Branches(kit, nn.Conv2d(3, 1, 1)).to(device), []
+    x = torch.randn(2, 12, 4, 5, device=device, dtype=torch.bfloat16 if mixed else torch.float32)
+    expected = module(x)
+    for layer in module.gate_s:
+        layer.register_forward_hook(lambda layer, *_: calls.append(layer))
+    torch.testing.assert_close(module(x), expected, rtol=0.05 if mixed else 1e-4, atol=0.05 if mixed else 1e-5)
+    assert calls == [*module.gate_s]
 
 
 def test_opcheck(device):

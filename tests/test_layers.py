@@ -78,7 +78,7 @@ def test_hook(package, name, path, device):
 
 
 def layers(module: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Each layer with a weight matrix: its parent, its name and itself."""
+    """Each layer with a weight: its parent, its name and itself."""
     return [
         (parent, name, child)
         for parent in module.modules()
@@ -121,6 +121,33 @@ def test_layer_in_place_of_a_plain_one(package, name, change, device):
         torch.testing.assert_close(changed, other(x), rtol=1e-4, atol=1e-5)
     else:
         torch.testing.assert_close(changed, copy.deepcopy(module)(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("name", BUILD)
+def test_forward_of_any_layers_instance(package, name, device):
+    for path, layer in build(package, name, device).named_modules():
+        if not path or not isinstance(layer, nn.Linear | nn.Conv2d | nn.BatchNorm1d | nn.BatchNorm2d | nn.ReLU):
+            continue
+        module, x = build(package, name, device), inputs(device)
+        untouched, layer = module(x), module.get_submodule(path)
+        layer.forward = lambda t, forward=layer.forward: 2 * forward(t)
+        changed = module(x)
+        assert not torch.allclose(changed, untouched, atol=1e-5), path
+        torch.testing.assert_close(changed, copy.deepcopy(module)(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("name", BUILD)
+def test_hooks_on_every_module(package, name, device):
+    module, x, seen = build(package, name, device), inputs(device), set()
+    expected = module(x)
+    with nn.modules.module.register_module_forward_hook(lambda m, args, y: seen.add(m)):
+        torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-5)
+        assert not explain(module, x).fused
+    holders = {m for n, m in module.named_modules() if n.endswith("spatial")}  # never called
+    assert seen == {*module.modules()} - holders
+    torch.testing.assert_close(module(x), expected)
 
 
 @pytest.mark.parametrize("package", PACKAGES)
