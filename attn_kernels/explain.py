@@ -145,8 +145,13 @@ def _explain_network(network: nn.Module, x: Tensor, residual: Tensor | None) -> 
         for name, module in found.items():
             record = lambda _, args, kwargs, name=name: calls.append((name, args, kwargs))  # noqa: E731
             stack.callback(module.register_forward_pre_hook(record, with_kwargs=True, prepend=True).remove)
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        for module in network.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:  # an update would be made for real
+                    module._buffers[name] = mode.from_tensor(buffer)
+                    stack.callback(module._buffers.__setitem__, name, buffer)
+        stack.enter_context(mode)
         try:
             network(x if isinstance(x, FakeTensor) else mode.from_tensor(x))
         except Exception as error:

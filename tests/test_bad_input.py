@@ -450,6 +450,8 @@ CONSTRUCTORS = {
         ({"e_lambda": -1}, ValueError, "e_lambda: expected a finite number >= 0, got -1"),
         ({"e_lambda": float("nan")}, ValueError, "e_lambda: expected a finite number >= 0, got nan"),
         ({"e_lambda": None}, ValueError, "e_lambda: expected a finite number >= 0, got None"),
+        positive("channels", channels=1e-3),  # as one writes who takes e_lambda for the first argument
+        positive("channels", channels=0),
     ],
     "models.resnet": [
         ({"depth": 20}, ValueError, "depth: expected one of 18, 34, 50, 101, 152, got 20"),

@@ -138,6 +138,39 @@ def test_sizes_of_one_compile():
     assert {"channel_gate.channel_gate", "channel_bwd.gate_bwd", "cbam.pools", "bam.dx", "simam.simam_bwd"} < {*lines}
 
 
+MIXED = """
+import torch
+import attn_kernels
+from benchmarks.machine_code import capture, machine_code
+
+shape, dtypes = (8, 64, 7, 7), {"f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16}
+for x_dtype, dtype, residual_dtype in (("f64", "f16", "bf16"), ("bf16", "f64", "f64"), ("f16", "bf16", "f64")):
+    for name in ("SE", "CBAM", "BAM", "SimAM"):
+        with torch.device("meta"):
+            module = getattr(attn_kernels, name)(64).to(dtypes[dtype])
+            x = torch.empty(shape, dtype=dtypes[x_dtype]).requires_grad_()
+            residual = torch.empty(shape, dtype=dtypes[residual_dtype])
+        with capture(132, x) as found:
+            y = module(x, residual, "relu")
+            torch.autograd.grad(y, [x, *module.parameters()], torch.empty_like(y))
+        for kernel in {launch.kernel for launch in found}:
+            try:
+                machine_code(kernel, 90, False)
+                print(kernel.name)
+            except Exception as error:
+                print(f"{name} {kernel.name}: {x_dtype} with {dtype} and {residual_dtype}: {str(error)[:200]}")
+"""
+
+
+def test_mixed_dtypes_compile():
+    """Parameters and residual of other dtypes than x's, float64 among them."""
+    process = subprocess.run([sys.executable, "-c", MIXED], env=compiling(), cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()
+    assert not [line for line in lines if ":" in line]
+    assert {"dx_kernel", "apply_fwd_kernel", "gate_bwd_kernel", "simam_fwd_kernel", "scale_kernel"} < {*lines}
+
+
 def defined_kernels() -> set[str]:
     return {
         f"{module.__name__.rpartition('.')[2].strip('_')}.{name.removesuffix('_kernel')}"

@@ -52,6 +52,14 @@ def refuse(*arguments):
     raise Unsupported("is not read")
 
 
+def test_a_run_without_output_writes_nothing(capsys):
+    record = RESULTS / "coverage.csv"
+    before = record.stat().st_mtime_ns
+    assert main(["coverage", "--architectures", "resnet18", "regnet_y_400mf"]) == 0
+    assert record.stat().st_mtime_ns == before
+    assert "No rows were written" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_command(known, tmp_path, monkeypatch, capsys):
     if not known:

@@ -42,6 +42,36 @@ def test_the_tests_run_the_kernels(modules, device, monkeypatch):
     fused(_x(device), _x(device), "relu")
 
 
+@pytest.mark.parametrize("name", ["se", "channel_gate", "cbam", "spatial_gate", "simam"])
+def test_gradients_that_are_differentiated_under_autocast_are_not_rounded(name, device):
+    fused, _ = pair(lambda kit: MODULES[name](kit, 12), device)
+    x, found = _x(device), []
+    for enabled in (False, True):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            y = fused(leaf)
+            found.append(torch.autograd.grad(y.square().sum(), [leaf, *fused.parameters()], create_graph=True))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["se", "channel_gate", "cbam"])
+def test_weights_of_1x1_convolutions(name, device):
+    """Taken as they are, and so are their gradients."""
+    form = getattr(functional, name)
+    x, w1, b1, w2, b2 = (torch.randn(s, device=device) for s in ((2, 12, 5, 4), (3, 12), (3,), (12, 3), (12,)))
+    rest = () if name != "cbam" else (torch.randn(1, 2, 7, 7, device=device), torch.nn.BatchNorm2d(1).to(device))
+    found = []
+    for kit in (form, getattr(reference, name)):
+        for shape in ((), (1, 1)):
+            weights = [w.clone().reshape(*w.shape, *shape).requires_grad_() for w in (w1, w2)]
+            y = kit(x, weights[0], b1, weights[1], b2, *rest)
+            gradients = torch.autograd.grad(y.square().sum(), weights)
+            assert [g.shape for g in gradients] == [w.shape for w in weights]
+            found.append([y, *(g.flatten(1) for g in gradients)])
+    for got in found[1:]:
+        torch.testing.assert_close(got, found[0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_keeps_the_dtype_of_x(modules, dtype, device):
     fused, _ = modules

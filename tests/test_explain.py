@@ -1,9 +1,11 @@
 """What ``explain`` and ``python -m attn_kernels`` say, and that it is what the call does."""
 
+import copy
 import ctypes
 import os
 import subprocess
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -292,6 +294,96 @@ def test_blocks_of_fuse(device):
     hook.remove()
     block.drop_path = nn.Dropout(0.5)
     assert _reason_of_fused(block, x) == "drop_path was set, or it is gone"
+
+
+def test_refuses_what_the_call_refuses(module, device):
+    x = torch.randn(2, 4, 5, 4, device=device)
+    if isinstance(module, attn_kernels.SimAM | attn_kernels.SpatialGate):
+        assert explain(module, x).fused
+        return
+    for ask in (module, lambda x: explain(module, x)):
+        with pytest.raises(ValueError, match=r"x: expected 8 channels, as \w+ takes, got shape \(2, 4, 5, 4\)"):
+            ask(x)
+
+
+def test_batch_norms_of_one_value_are_refused(device):
+    for module in (attn_kernels.CBAM(8).to(device), attn_kernels.BAM(8).to(device)):
+        x = torch.randn(1, 8, 1, 1, device=device)
+        for ask in (module, lambda x, module=module: explain(module, x)):
+            with pytest.raises(ValueError, match="x: expected more than 1 value per channel"):
+                ask(x)
+        assert explain(module.eval(), x).fused
+
+
+class _Network(nn.Module):
+    """Attention called twice, once, with a residual, and never; and a norm and a dropout, which have states."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.drop = nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.Dropout()
+        self.block = nn.Sequential(attn_kernels.SE(8, 4), nn.Sequential(attn_kernels.CBAM(8, 4)))
+        self.never, self.last = attn_kernels.BAM(8), reference.SimAM()
+
+    def forward(self, x):
+        x = self.drop(self.bn(self.conv(x)))
+        x = self.block[0](self.block(x), residual=x, activation="relu")
+        return self.last(x)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_network(layout, device):
+    network = _Network().to(device)
+    x = torch.randn(2, 3, 9, 9, device=device).contiguous(memory_format=LAYOUTS[layout])
+    before, random = copy.deepcopy(network.state_dict()), torch.get_rng_state()
+    found = explain(network, x)
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(torch.equal(t, before[name]) for name, t in network.state_dict().items())
+    assert not any(m._forward_pre_hooks for m in network.modules())
+    assert [name for name, _ in found.rows] == ["block.0", "block.1.0", "block.0", "last"]
+    assert [e.fused for _, e in found.rows] == [True, True, True, False]
+    assert {e.layout for _, e in found.rows[:3]} == {layout}
+    assert found.not_called == ("never",)
+    assert not found.fused
+    where = f"(2, 8, 4, 4) float32 {x.device}"
+    assert str(found).splitlines() == [
+        f"block.0    SE on {where}     fused, {layout}",
+        f"block.1.0  CBAM on {where}   fused, {layout}",
+        f"block.0    SE on {where}     fused, {layout}",
+        f"last       SimAM on {where}  the reference formula",
+        "  because the module is reference's, not attn_kernels'",
+        "never: not called",
+        "3 of 4 calls fused",
+    ]
+    assert network(x).shape == (2, 8, 4, 4)
+
+
+@pytest.mark.parametrize(("name", "count"), [("seresnet50", 16), ("efficientnet_b0", 16)])
+def test_network_of_fuse(name, count, device):
+    """Blocks are asked about themselves, whatever the number of channels that they begin with."""
+    network = timm.create_model(name).to(device)
+    report = fuse_(network)
+    assert report.fused == count
+    before = copy.deepcopy(network.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # none about modules that have changed
+        found = explain(network, torch.randn(1, 3, 64, 64, device=device))
+    assert len(found.rows) == count
+    assert found.fused, str(found)
+    assert all(torch.equal(t, before[name]) for name, t in network.state_dict().items())
+    assert all(type(t) is torch.Tensor for t in network.buffers())
+    found = explain(network.to("meta"), torch.empty(1, 3, 64, 64, device="meta"))
+    assert {e.reasons for _, e in found.rows} == {("x is on meta, and the kernels run on cuda and cpu",)}
+
+
+def test_networks_that_cannot_be_asked(device):
+    network = nn.Sequential(nn.Conv2d(3, 8, 1), attn_kernels.SE(8)).to(device)
+    with pytest.raises(ValueError, match=r"module: Sequential cannot be run on a tensor without data of shape \(2, 4"):
+        explain(network, torch.randn(2, 4, 5, 5, device=device))
+    with pytest.raises(TypeError, match="residual: expected None for a network"):
+        explain(network, torch.randn(2, 3, 5, 5, device=device), torch.randn(2, 3, 5, 5, device=device))
+    with pytest.raises(TypeError, match=r"x: expected a torch\.Tensor, got list"):
+        explain(network, [1])
 
 
 def test_bad_arguments(device):

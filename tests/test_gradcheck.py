@@ -12,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import attn_kernels
 from attn_kernels import functional as F
 from reference.se import ACTIVATIONS, GATES
-from tests.harness import LAYOUTS
+from tests.harness import LAYOUTS, MODULES, pair
 
 SHAPE = (2, 3, 1, 2)
 
@@ -33,6 +33,25 @@ def _mlp(device, bias=True):
 def _check(function, *inputs, whole=False):
     assert gradcheck(function, inputs, fast_mode=not whole)
     assert gradgradcheck(function, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("wanted", ["x", "residual", "parameters"])
+@pytest.mark.parametrize("name", MODULES)
+def test_second_gradients_of_some(name, wanted, device):
+    """Where not everything needs a gradient, an x or a branch that the first pass skips is no error in the second."""
+    fused, eager = (m.double() for m in pair(lambda kit: MODULES[name](kit, 12), device))
+    if wanted == "parameters" and name == "simam":
+        return
+    x, residual = torch.randn(2, 3, 12, 5, 4, dtype=torch.float64, device=device).unbind()
+    found = []
+    for module in (fused, eager):
+        leaves = x.clone().requires_grad_(wanted == "x"), residual.clone().requires_grad_(wanted == "residual")
+        module.requires_grad_(wanted == "parameters")
+        inputs = [*module.parameters()] if wanted == "parameters" else [leaves[wanted == "residual"]]
+        first = torch.autograd.grad(module(*leaves, "relu").square().sum(), inputs, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in first), inputs))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9 * max(1, want.abs().max().item()))
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])

@@ -98,6 +98,22 @@ def test_who_launches_afterwards_compiles_nothing(tmp_path):
     assert run(AHEAD, tmp_path)[0] == [5, 0]
 
 
+VALUES = """
+from torch import nn
+one = Network(attn_kernels.SimAM(), attn_kernels.CBAM(16), attn_kernels.BAM(16))
+other = Network(attn_kernels.SimAM(e_lambda=0.1), attn_kernels.CBAM(16), attn_kernels.BAM(16))
+for module in other.modules():
+    if isinstance(module, nn.BatchNorm2d):
+        module.eps, module.momentum = 1e-3, 0.03
+print(json.dumps(recorded(one) == recorded(other)))
+print(json.dumps(len(recorded(one)) > 10))
+"""
+
+
+def test_values_of_lambda_eps_and_momentum_share_kernels(tmp_path):
+    assert run(VALUES, tmp_path) == [True, True]
+
+
 STEP = """
 model = Network(attn_kernels.SE(16), attn_kernels.CBAM(16), attn_kernels.SimAM())
 model = model.cuda().to(memory_format=torch.channels_last)

@@ -150,6 +150,23 @@ def test_residual_of_another_dtype(modules, device):
     assert torch.autograd.grad(y.sum(), residual)[0].dtype == torch.float32
 
 
+@pytest.mark.device
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+def test_a_wider_residual_is_added_before_anything_is_rounded(modules, wide, device):
+    """Rounded to x's dtype it would be infinite, and so would the sum."""
+    fused, eager = (m.eval().float() for m in modules)
+    x = torch.full((2, 12, 5, 7), -60.0, dtype=torch.float16, device=device)
+    residual = torch.full(x.shape, 65522.0, dtype=wide, device=device).requires_grad_()
+    assert residual.half().isinf().all()
+    y, expected = fused(x, residual, "relu"), eager(x, residual, "relu")
+    assert expected.isfinite().any()
+    assert y.dtype == torch.float16
+    torch.testing.assert_close(y, expected, rtol=2e-3, atol=0)
+    (dresidual,) = torch.autograd.grad(y.sum(), residual)
+    assert dresidual.dtype == wide
+    assert (dresidual == 1).all()
+
+
 @pytest.mark.fast
 def test_only_what_is_asked_for_is_differentiated(modules, device):
     fused, eager = modules
