@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,9 @@ from reference._common import AttentionModule, check_input
 from reference.bam import check_bam
 from reference.cbam import check_spatial_gate
 from reference.se import check_mlp
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ def explain(module: nn.Module, x: Tensor, residual: Tensor | None = None) -> Exp
         module: an ``SE``, ``BAM``, ``CBAM``, ``ChannelGate``, ``SpatialGate`` or ``SimAM``, or a module or residual
             block that ``fuse_`` made, or a block of ``models`` on which SE's layers stand. Of a block, its attention is
             asked about a tensor like ``x``, for want of its input. Or a network that has such modules: its forward pass
-            is run on tensors without data, which computes nothing and changes no buffer.
+            is run by a copy of it, on tensors without data: nothing is computed, and the network does not change.
         x: (N, C, H, W), float16, bfloat16, float32 or float64, in any layout; a network's only input, whatever it is.
         residual: the shape of ``x``; None for what ``fuse_`` made and for networks, which take no other argument.
 
@@ -109,7 +114,7 @@ def explain(module: nn.Module, x: Tensor, residual: Tensor | None = None) -> Exp
     check_input(x, residual, None)
     if isinstance(module, AttentionModule):
         _check(module, x)
-    call = f"{type(module).__name__} on {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} {x.device}"
+    call = _call(module, x)
     reasons = tuple(_reasons(module, x, residual))
     if reasons:
         formula = "plain PyTorch" if isinstance(module, FusedModule | FusedBlock) else "the reference formula"
@@ -129,8 +134,8 @@ def _is_se_block(module: nn.Module) -> bool:
 
 
 def _explain_network(network: nn.Module, x: Tensor, residual: Tensor | None) -> Explanations:
-    """Run the network on tensors without data, and ask its attention modules about what they were called with."""
-    found = {} if not isinstance(network, nn.Module) else dict(_attention_in(network))
+    """Run a copy of the network that has no data, and ask its attention modules about what they are called with."""
+    found = dict(_attention_in(network)) if isinstance(network, nn.Module) else {}
     if not found:
         expected = "a module of attn_kernels or of fuse_, or a network that has some"
         raise TypeError(f"module: expected {expected}, got {type(network).__name__}")
@@ -140,41 +145,84 @@ def _explain_network(network: nn.Module, x: Tensor, residual: Tensor | None) -> 
         raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # here, for they are private
 
-    calls = []
-    with ExitStack() as stack:
-        for name, module in found.items():
-            record = lambda _, args, kwargs, name=name: calls.append((name, args, kwargs))  # noqa: E731
-            stack.callback(module.register_forward_pre_hook(record, with_kwargs=True, prepend=True).remove)
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        for module in network.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None:  # an update would be made for real
-                    module._buffers[name] = mode.from_tensor(buffer)
-                    stack.callback(module._buffers.__setitem__, name, buffer)
-        stack.enter_context(mode)
+    mode, twins = FakeTensorMode(allow_non_fake_inputs=True), {}
+    twin = _without_data(network, mode, twins)
+    rows = []
+    for name, module in found.items():
+
+        def record(_, args, kwargs, name=name, module=module):
+            # At once, for the network may have set autocast, or that no gradient is wanted.
+            rows.append((name, _explain_call(module, args, kwargs)))
+
+        twins[module].register_forward_pre_hook(record, with_kwargs=True)
+    with warnings.catch_warnings(), mode:
+        warnings.simplefilter("ignore")  # what a module of fuse_ warns of is a reason here
         try:
-            network(x if isinstance(x, FakeTensor) else mode.from_tensor(x))
+            twin(x if isinstance(x, FakeTensor) else mode.from_tensor(x))
         except Exception as error:
             raise ValueError(
                 f"module: {type(network).__name__} cannot be run on a tensor without data of shape {tuple(x.shape)}: "
                 f"{type(error).__name__}: {error}"
             ) from error
-    # The hooks are gone, so that they are no reason.
-    rows = tuple((name, _explain_call(found[name], *args, **kwargs)) for name, args, kwargs in calls)
-    return Explanations(rows, tuple(name for name in found if name not in {name for name, _ in rows}))
+    called = {name for name, _ in rows}
+    return Explanations(tuple(rows), tuple(name for name in found if name not in called))
 
 
-def _attention_in(network: nn.Module, path: str = "") -> list[tuple[str, nn.Module]]:
-    """Names and modules that decide what they run, but those inside another."""
-    found = []
+def _without_data(module: nn.Module, mode: FakeTensorMode, twins: dict[nn.Module, nn.Module]) -> nn.Module:
+    """A module like ``module`` and its children, whose tensors have no data, and whose changes and hooks are its own."""
+    if module in twins:
+        return twins[module]
+    if isinstance(module, torch.jit.ScriptModule):  # whose state is not in Python
+        return module
+    twin = twins[module] = object.__new__(type(module))
+    twin.__dict__ = {name: _copied(value, mode) for name, value in vars(module).items()}
+    children = module._modules.items()
+    twin.__dict__["_modules"] = {n: None if m is None else _without_data(m, mode, twins) for n, m in children}
+    return twin
+
+
+def _copied(value: object, mode: FakeTensorMode) -> object:
+    """A tensor without data, or a copy of a container, of whose tensors that holds as well; else the value itself."""
+    if isinstance(value, Tensor):
+        return mode.from_tensor(value)
+    if isinstance(value, dict):
+        copied = copy.copy(value)
+        copied.update((key, mode.from_tensor(v) if isinstance(v, Tensor) else v) for key, v in value.items())
+        return copied
+    return copy.copy(value) if isinstance(value, list | set) else value
+
+
+def _attention_in(
+    network: nn.Module, path: str = "", seen: set[nn.Module] | None = None
+) -> list[tuple[str, nn.Module]]:
+    """Names and modules that decide what they run, each once, but those inside another."""
+    seen, found = set() if seen is None else seen, []
     for name, child in network.named_children():
         name = f"{path}{name}"
-        found += [(name, child)] if _is_explained(child) else _attention_in(child, f"{name}.")
+        if child in seen:
+            continue
+        seen.add(child)
+        found += [(name, child)] if _is_explained(child) else _attention_in(child, f"{name}.", seen)
     return found
 
 
-def _explain_call(module: nn.Module, x: Tensor, residual: Tensor | None = None, activation: str | None = None):
-    return explain(module, x, residual)
+def _explain_call(module: nn.Module, args: tuple, kwargs: dict) -> Explanation:
+    """Explain a call as it was made."""
+    if isinstance(module, AttentionModule):
+        call = dict(zip(("x", "residual", "activation"), args, strict=False)) | kwargs
+        return explain(module, call["x"], call.get("residual"))
+    if len(args) == 1 and not kwargs:
+        return explain(module, args[0])
+    x = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
+    return Explanation(
+        _call(module, x), ("it is called with more than x, or by keyword",), None, False, "plain PyTorch"
+    )
+
+
+def _call(module: nn.Module, x: Tensor | None) -> str:
+    """The module, and the shape, dtype and device of its input."""
+    where = "" if x is None else f" on {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} {x.device}"
+    return f"{type(module).__name__}{where}"
 
 
 def _reasons(module: nn.Module, x: Tensor, residual: Tensor | None) -> list[str]:

@@ -270,7 +270,7 @@ def bam(
 ) -> Tensor:
     check_bam(x, gate_c, gate_s, residual=residual, activation=activation)
     reduce = gate_s[0]
-    is_plain = is_plain_layer(reduce, nn.Conv2d)
+    is_plain = is_plain_layer(gate_s, nn.Sequential) and is_plain_layer(reduce, nn.Conv2d)
     if not is_plain or not is_fused(x, (residual, reduce.weight, reduce.bias), width=reduce.out_channels):
         return reference.bam(x, gate_c, gate_s, residual=residual, activation=activation)
     x, residual = _prepare(x, residual)

@@ -41,9 +41,17 @@ class AttentionModule(nn.Module):
 def is_plain_layer(layer: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a call of ``layer`` does what its class ``kind`` does with its parameters, and nothing else.
 
-    A wrapper (LoRA's, say), a subclass, a parametrization, a hook and a forward of the instance all say no.
+    A wrapper (LoRA's, say), a subclass, a parametrization, a hook and another forward, of the instance or set on the
+    class, all say no.
     """
-    return type(layer) is kind and is_untouched(layer)
+    return type(layer) is kind and kind.forward is _FORWARDS.get(kind, kind.forward) and is_untouched(layer)
+
+
+# Before anything could set another one on the class.
+_FORWARDS = {
+    kind: kind.forward
+    for kind in (nn.Sequential, nn.Flatten, nn.Identity, nn.Linear, nn.Conv2d, nn.ReLU, nn.BatchNorm1d, nn.BatchNorm2d)
+}
 
 
 def is_untouched(layer: nn.Module) -> bool:

@@ -73,7 +73,7 @@ def _check_branch(name: str, gate: nn.Sequential, kind: type[nn.Linear | nn.Conv
 
 
 def check_logits(x: Tensor, channel: Tensor, spatial: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits that the branches have returned, (N, C) and (N, 1, H, W); a spatial map of one pixel is expanded.
+    """The logits that the branches have returned, (N, C) and (N, 1, H, W); a smaller spatial map is broadcast.
 
     Raises:
         ValueError: logits of another shape.
@@ -81,9 +81,10 @@ def check_logits(x: Tensor, channel: Tensor, spatial: Tensor) -> tuple[Tensor, T
     n, c, h, w = x.shape
     if channel.shape != (n, c):
         raise ValueError(f"gate_c: expected to return (N, C), {(n, c)}, got {tuple(channel.shape)}")
-    if spatial.shape == (n, 1, 1, 1):
-        spatial = spatial.expand(n, 1, h, w)
-    if spatial.shape != (n, 1, h, w):
+    shape = (n, 1, h, w)
+    if spatial.dim() == 4 and all(size in (1, wanted) for size, wanted in zip(spatial.shape, shape, strict=True)):
+        spatial = spatial.expand(shape)
+    else:
         raise ValueError(f"gate_s: expected to return (N, 1, H, W), {(n, 1, h, w)}, got {tuple(spatial.shape)}")
     return channel, spatial
 
@@ -150,9 +151,12 @@ def bam(
             BatchNorm, or a branch that returns another shape.
     """
     check_bam(x, gate_c, gate_s, residual=residual, activation=activation)
-    reduced = spatial_layer(x, gate_s[0])
     channel = channel_logits(x.mean((2, 3), dtype=accumulation_dtype(x)), gate_c)
-    channel, spatial = check_logits(x, channel, spatial_logits(reduced, gate_s))
+    if is_plain_layer(gate_s, nn.Sequential):
+        spatial = spatial_logits(spatial_layer(x, gate_s[0]), gate_s)
+    else:
+        spatial = gate_s(like_parameters(x, gate_s))
+    channel, spatial = check_logits(x, channel, spatial)
     attention = 1 + torch.sigmoid(channel[:, :, None, None].to(x.dtype) * spatial.to(x.dtype))
     return tail(x * attention, residual, activation)
 

@@ -376,6 +376,54 @@ def test_network_of_fuse(name, count, device):
     assert {e.reasons for _, e in found.rows} == {("x is on meta, and the kernels run on cuda and cpu",)}
 
 
+class _WithState(nn.Module):
+    """Keeps what it makes, counts its calls in a tensor, a parameter and a list, and calls one module twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.cache, self.count, self.log = attn_kernels.SE(8, 4), None, torch.zeros(()), []
+        self.b, self.steps = self.a, nn.Parameter(torch.zeros(()), requires_grad=False)
+        self.a.register_forward_pre_hook(lambda m, args: (args[0].to(memory_format=torch.channels_last),))
+
+    def forward(self, x):
+        if self.cache is None:
+            self.cache = torch.ones(8, 1, 1, device=x.device)
+        self.count.add_(1)
+        self.steps.add_(1)
+        self.log.append(x.shape)
+        with torch.no_grad():
+            return self.b(self.a(x * self.cache))
+
+
+def test_network_is_not_changed(device):
+    network, x = _WithState().to(device), torch.randn(2, 8, 4, 4, device=device)
+    found = explain(network, x)
+    assert (network.cache, network.count.item(), network.steps.item(), network.log) == (None, 0, 0, [])
+    assert len(network.a._forward_pre_hooks) == 1
+    assert [(name, e.layout) for name, e in found.rows] == [("a", "channels_last")] * 2  # after the module's own hooks
+    assert found.not_called == ()
+    assert type(network(x)) is torch.Tensor
+
+
+class _ByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.se = simam_module(), attn_kernels.SE(8, 4)
+
+    def forward(self, x):
+        return self.attention(x=self.se(x=x, residual=x))
+
+
+def test_calls_by_keyword(device):
+    network, x = _ByKeyword().to(device), torch.randn(2, 8, 4, 4, device=device)
+    assert fuse_(network).fused == 1
+    (_, se), (_, attention) = explain(network, x).rows
+    assert se.fused
+    assert attention.reasons == ("it is called with more than x, or by keyword",)
+    assert str(attention).startswith("Fusedsimam_module on (2, 8, 4, 4) float32")
+    network(x)
+
+
 def test_networks_that_cannot_be_asked(device):
     network = nn.Sequential(nn.Conv2d(3, 8, 1), attn_kernels.SE(8)).to(device)
     with pytest.raises(ValueError, match=r"module: Sequential cannot be run on a tensor without data of shape \(2, 4"):

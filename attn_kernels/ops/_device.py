@@ -234,9 +234,12 @@ def store_tile(
 
 
 @triton.jit
-def join_double(high, rest, ACC: tl.constexpr):
-    """The number that ``_launch.split_double`` has split."""
-    return tl.cast(high, ACC) + tl.cast(rest, ACC)
+def number(bits, ACC: tl.constexpr):
+    """The number of which ``_launch.number_bits`` has the bits."""
+    if tl.float64 == ACC:
+        return tl.cast(tl.cast(bits, tl.int64), tl.float64, bitcast=True)
+    else:
+        return tl.cast(tl.cast(bits, tl.int32), tl.float32, bitcast=True)
 
 
 @triton.jit

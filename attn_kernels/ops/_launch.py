@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
 import os
+import struct
 import sys
 
 import torch
@@ -81,13 +81,19 @@ def tile_options(x: Tensor, tile: config.Tile) -> dict[str, int]:
     }
 
 
-def split_double(number: float) -> tuple[float, float]:
-    """A double in float32, which a float argument of a kernel is, and what is left of its digits.
+@functools.lru_cache
+def _bits(number: float, double: bool) -> int:
+    if double:
+        return struct.unpack("q", struct.pack("d", number))[0]
+    return struct.unpack("i", struct.pack("f", ctypes.c_float(number).value))[0]
 
-    A constexpr would hold the double itself, and every value of it would be another kernel to compile.
+
+def number_bits(number: float, x: Tensor) -> int:
+    """The bits of a number in the dtype in which kernels compute on x, as an argument of theirs.
+
+    A float argument is a float32. A constexpr would be exact, but each value of it would be another kernel to compile.
     """
-    high = ctypes.c_float(number).value
-    return high, number - high if math.isfinite(high) else 0.0
+    return _bits(float(number), x.dtype == torch.float64)
 
 
 # Triton's options for launches of a channel gate's items. What crosses programs must not be prefetched: cp.async may

@@ -7,6 +7,7 @@ Host time per call decides small maps (microseconds added on a CPU build, withou
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 
 import torch
@@ -84,6 +85,16 @@ def contiguous(*parameters: Tensor | None) -> list[Tensor | None]:
     return [None if p is None else p.contiguous() for p in parameters]
 
 
+def factors(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
+    """The parameters as kernels read them that multiply matrices.
+
+    In float64 where x is: of 16-bit loads Triton cannot make the operands of a float64 product.
+    """
+    if x.dtype == torch.float64:
+        parameters = [None if p is None else p.to(x.dtype) for p in parameters]
+    return contiguous(*parameters)
+
+
 def mask_shape(x: Tensor) -> tuple[int, int]:
     """Rows along the unit stride and bytes a row: one bit an element, each row padded to whole bytes."""
     n, c, h, w = x.shape
@@ -106,50 +117,46 @@ def unmask(dy: Tensor, mask: Tensor, x: Tensor) -> Tensor:
     return torch.where(kept.bool(), dy, 0.0)
 
 
-def save(ctx, x: Tensor, *others: Tensor | None) -> None:
+def save_tensors(ctx, x: Tensor, *others: Tensor | None) -> None:
     """Save tensors for backward, and the form in which the kernels will read them.
 
     Hooks on saved tensors (``torch.autograd.graph.save_on_cpu``) may give them back in another layout.
     """
     ctx.save_for_backward(x, *others)
     ctx.channels_last = is_channels_last(x)
-    ctx.forms = None
-    if not torch.compiler.is_compiling():  # of a compiled graph's saved tensors PyTorch takes care
-        # Only the documented hooks, which are there now, reach the others; x is checked in any case.
-        ctx.forms = [_form(t) for t in ((x, *others) if _saved_tensors_hooks(True) else (x,))]
+    # Of a compiled graph's saved tensors PyTorch takes care.
+    ctx.forms = None if torch.compiler.is_compiling() else _forms((x, *others))
 
 
-def _form(t: Tensor | None) -> tuple[torch.Size, torch.dtype, torch.device] | None:
-    return None if t is None else (t.shape, t.dtype, t.device)
+# Of each tensor, twice: in C it takes half as long.
+_form = operator.attrgetter("shape", "dtype")
 
 
-# It is private: without it every form is kept and checked.
-_saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
+def _forms(tensors: Sequence[Tensor | None]) -> list[tuple[torch.Size, torch.dtype] | None]:
+    return [t if t is None else _form(t) for t in tensors]
 
 
-def saved(ctx) -> Sequence[Tensor | None]:
-    """What :func:`save` has saved, x in its layout and all in their forms, whatever hooks made of them.
+def saved_tensors(ctx) -> Sequence[Tensor | None]:
+    """What :func:`save_tensors` has saved, x in its layout and all in their forms, whatever hooks made of them.
 
     Raises:
-        ValueError: a hook gave back a tensor of another shape or on another device.
+        ValueError: a hook gave back a tensor of another shape.
     """
-    x, *others = ctx.saved_tensors
+    tensors = ctx.saved_tensors
     if ctx.forms is not None:
-        form, *forms = ctx.forms
-        x = _restored(x, *form)
-        if forms:
-            pairs = zip(others, forms, strict=True)
-            others = [t if form is None else _restored(t, *form).contiguous() for t, form in pairs]
+        if _forms(tensors) != ctx.forms:
+            tensors = [t if t is None else _restored(t, *form) for t, form in zip(tensors, ctx.forms, strict=True)]
+        tensors = [t if t is None or t.is_contiguous() or is_dense(t) else t.contiguous() for t in tensors]
+    x, *others = tensors
     return x.contiguous(memory_format=torch.channels_last if ctx.channels_last else torch.contiguous_format), *others
 
 
-def _restored(t: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    if t.shape != shape or t.device != device:
+def _restored(t: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    if t.shape != shape:
         raise ValueError(
-            f"saved tensor: expected shape {tuple(shape)} on {device}, as it was saved, "
-            f"got {tuple(t.shape)} on {t.device} from a hook"
+            f"saved tensor: expected shape {tuple(shape)}, as it was saved, got {tuple(t.shape)} from a hook"
         )
-    return t if t.dtype == dtype else t.to(dtype)
+    return t.to(dtype)
 
 
 def reference_gradients(

@@ -6,14 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from attn_kernels.ops._library import PLAIN
-from reference._common import is_untouched, uses_batch_statistics
+from reference._common import is_plain_layer, is_untouched, uses_batch_statistics
 
 
 def _is_batch_norm(norm: object) -> bool:
     """A BatchNorm2d, or timm's BatchNormAct2d that adds nothing to one."""
     if isinstance(norm, nn.BatchNorm2d) and type(norm).__name__ == "BatchNormAct2d":
-        return type(norm.drop) is type(norm.act) is nn.Identity
-    return type(norm) is nn.BatchNorm2d
+        is_timms = type(norm).__module__.startswith("timm.")
+        return is_timms and all(is_plain_layer(layer, nn.Identity) for layer in (norm.drop, norm.act))
+    return is_plain_layer(norm, nn.BatchNorm2d)
 
 
 def is_fusable(norm: object) -> bool:
@@ -33,13 +34,20 @@ def is_plain(layer: nn.Module) -> bool:
 
 def has_usual_state(norm: nn.BatchNorm2d) -> bool:
     """Whether the norm's states are plain, with one element per channel, which in the buffers is one of its own."""
-    shape, buffers = (norm.num_features,), (norm.running_mean, norm.running_var)
-    return (
-        is_plain(norm)
-        and all(t is None or t.shape == shape for t in (norm.weight, norm.bias, *buffers))
-        and all(b is None or norm.num_features == 1 or b.stride(0) for b in buffers)
-        and (norm.num_batches_tracked is None or norm.num_batches_tracked.dim() == 0)
-    )
+    shape = (norm.num_features,)
+    for t in norm._parameters.values():
+        if t is not None and (type(t) not in PLAIN or t.shape != shape):
+            return False
+    for name, t in norm._buffers.items():
+        if t is None:
+            continue
+        if name == "num_batches_tracked":
+            mean = norm.running_mean
+            if type(t) not in PLAIN or t.dim() != 0 or (mean is not None and t.device != mean.device):
+                return False
+        elif type(t) not in PLAIN or t.shape != shape or (t.stride(0) == 0 and shape != (1,)):
+            return False
+    return True
 
 
 def buffers(norm: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -33,13 +33,14 @@ from attn_kernels.ops._launch import pixel_tile, reduce_bwd_tile, reduce_tile, t
 from attn_kernels.ops._library import (
     contiguous,
     empty_mask,
+    factors,
     is_channels_last,
     like,
     needs_grad,
     reference_gradients,
     register,
-    save,
-    saved,
+    save_tensors,
+    saved_tensors,
     unmask,
 )
 from attn_kernels.ops.batch_norm_relu import batch_norm_relu, can_add, is_fusable
@@ -345,8 +346,6 @@ def _dx(
     n, c, h, w = x.shape
     hidden = weight.shape[0]
     tile, block_h, programs = reduce_bwd_tile(x, hidden)
-    if x.dtype == torch.float64:  # Triton cannot make operands of a float64 product of 16-bit loads
-        weight = weight.to(x.dtype)
     dx = torch.empty_like(x)
     dparameters = dmean.new_empty((programs, hidden * (c + 1)))
     dx_kernel[(config.cdiv(c, tile.block_c), programs)](
@@ -404,7 +403,7 @@ class _Squeeze(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias):
-        save(ctx, x, weight, bias)
+        save_tensors(ctx, x, weight, bias)
         mean, reduced = squeeze_op(x, weight, bias)
         n, c, h, w = x.shape
         # view_as may change strides
@@ -412,7 +411,7 @@ class _Squeeze(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dmean, dreduced, dy, channel, spatial):
-        x, weight, bias = saved(ctx)
+        x, weight, bias = saved_tensors(ctx)
         if torch.is_grad_enabled():
             formula = _squeeze_formula(dmean.dtype)
             return tuple(reference_gradients(formula, (x, weight, bias), (dmean, dreduced)))
@@ -436,13 +435,13 @@ class _Apply(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, channel, spatial, residual, relu, *slots):
         y, mask = apply_op(x, channel, spatial, residual, relu, True)
-        save(ctx, x, channel, spatial, mask)
+        save_tensors(ctx, x, channel, spatial, mask)
         ctx.relu = relu
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, channel, spatial, mask = saved(ctx)
+        x, channel, spatial, mask = saved_tensors(ctx)
         need_dresidual, to_slots = ctx.needs_input_grad[3], [None] * (len(ctx.needs_input_grad) - 5)
         if torch.is_grad_enabled():
             dy = unmask(dy, mask, x) if ctx.relu else dy
@@ -535,7 +534,7 @@ def _is_map(t: Tensor, channels: int, reduced: Tensor) -> bool:
 def bam(x: Tensor, gate_c: nn.Sequential, gate_s: nn.Sequential, residual: Tensor | None, relu: bool) -> Tensor:
     """The fused operator, differentiable; ``x`` and ``residual`` (N, C, H, W), dense in the same layout."""
     reduce = gate_s[0]
-    weight, bias = contiguous(reduce.weight, reduce.bias)
+    weight, bias = factors(x, reduce.weight, reduce.bias)
     squeeze = _Squeeze.apply if needs_grad(x, weight, bias) else squeeze_op
     mean, reduced, *slots = squeeze(x, weight, bias)
     channel, spatial = check_logits(x, channel_logits(mean, gate_c), _spatial_logits(reduced, gate_s))

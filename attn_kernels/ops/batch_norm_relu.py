@@ -19,9 +19,18 @@ from torch import Tensor, nn
 
 from attn_kernels.ops import _config as config
 from attn_kernels.ops import _norm
-from attn_kernels.ops._device import aligned, join_double, load_tile, store_tile, update_running
-from attn_kernels.ops._launch import norm_tile, split_double, tile_options
-from attn_kernels.ops._library import contiguous, dense, like, needs_grad, reference_gradients, register, save, saved
+from attn_kernels.ops._device import aligned, load_tile, number, store_tile, update_running
+from attn_kernels.ops._launch import norm_tile, number_bits, tile_options
+from attn_kernels.ops._library import (
+    contiguous,
+    dense,
+    like,
+    needs_grad,
+    reference_gradients,
+    register,
+    save_tensors,
+    saved_tensors,
+)
 from reference._common import accumulation_dtype, is_plain_layer
 
 
@@ -87,7 +96,7 @@ def _load_parameter(parameter_ptr, o_c, C, DEFAULT: tl.constexpr, ACC: tl.conste
         return tl.load(parameter_ptr + o_c, mask=o_c < C, other=0).to(ACC)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["momentum", "eps"])
 def normalize_kernel(
     c_ptr,  # (N, C, P)
     part_ptr,  # of statistics_kernel, or None in evaluation
@@ -103,10 +112,8 @@ def normalize_kernel(
     N,
     C,
     P,
-    momentum,
-    momentum_rest,
-    eps,
-    eps_rest,
+    momentum,  # number_bits
+    eps,  # number_bits
     UPDATE: tl.constexpr,
     CUMULATIVE: tl.constexpr,
     PARTS: tl.constexpr,
@@ -135,12 +142,12 @@ def normalize_kernel(
     else:
         b_mean = tl.load(running_mean_ptr + o_c, mask=m_c, other=0).to(ACC)
         b_variance = tl.load(running_var_ptr + o_c, mask=m_c, other=0).to(ACC)
-    b_invstd = 1 / tl.sqrt(b_variance + join_double(eps, eps_rest, ACC))
+    b_invstd = 1 / tl.sqrt(b_variance + number(eps, ACC))
     if i_q == 0:
         tl.store(statistics_ptr + o_c, b_mean, mask=m_c)
         tl.store(statistics_ptr + C + o_c, b_invstd, mask=m_c)
         if UPDATE:
-            factor = join_double(momentum, momentum_rest, ACC)
+            factor = number(momentum, ACC)
             if CUMULATIVE:
                 factor = 1 / tl.load(batches_ptr).to(ACC)
             count = tl.cast(N * P, ACC)
@@ -219,7 +226,9 @@ def dparameters_kernel(
         i_n = tl.cast(t // blocks, tl.int64)
         p = t % blocks * BLOCK_P
         b_c = load_tile(c_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-        b_normal = (b_c - b_mean) * b_invstd
+        # Not (0 - mean) / deviation outside the map, which may be infinite, and NaN times dr = 0.
+        m_p = (p + tl.arange(0, BLOCK_P) < P)[None, :]
+        b_normal = tl.where(m_p, (b_c - b_mean) * b_invstd, 0.0)
         b_r = b_normal * b_weight + b_bias
         if add_weight_ptr is None:
             b_dr = load_tile(dr_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
@@ -346,8 +355,8 @@ def _forward(
         n,
         channels,
         h * w,
-        *split_double(momentum or 0.0),
-        *split_double(eps),
+        number_bits(momentum or 0.0, c),
+        number_bits(eps, c),
         UPDATE=update,
         CUMULATIVE=momentum is None,
         PARTS=config.next_power_of_2(programs),
@@ -451,13 +460,13 @@ class _BatchNormReLU(torch.autograd.Function):
     def forward(ctx, c, weight, bias, add_weight, add_bias, running_mean, running_var, batches, *options):
         parameters = weight, bias, add_weight, add_bias
         r, statistics = forward_op(c, *parameters, running_mean, running_var, batches, *options)
-        save(ctx, c, *parameters, statistics)
+        save_tensors(ctx, c, *parameters, statistics)
         ctx.batch_statistics, _, _, ctx.eps = options
         return r
 
     @staticmethod
     def backward(ctx, dr):
-        c, *parameters, statistics = saved(ctx)
+        c, *parameters, statistics = saved_tensors(ctx)
         no_buffers_or_options = (None,) * 7
         if torch.is_grad_enabled():
             formula = _formula(ctx.batch_statistics, ctx.eps, statistics)

@@ -29,32 +29,32 @@ from attn_kernels.ops import _channel, _channel_bwd, _conv, _norm
 from attn_kernels.ops import _config as config
 from attn_kernels.ops._device import (
     aligned,
-    join_double,
     load_elements,
     load_tail_grad,
     load_tile,
+    number,
     store_tail,
     update_running,
 )
 from attn_kernels.ops._launch import (
     GATE_OPTIONS,
     channel_plan,
+    number_bits,
     pixel_tile,
     pools_tile,
     scale_options,
-    split_double,
     tile_options,
 )
 from attn_kernels.ops._library import (
-    contiguous,
     dense,
     empty_mask,
+    factors,
     like,
     needs_grad,
     reference_gradients,
     register,
-    save,
-    saved,
+    save_tensors,
+    saved_tensors,
     unmask,
 )
 from attn_kernels.ops._phases import (
@@ -215,7 +215,7 @@ def _spatial_gate(b_z, mean, invstd, weight_ptr, bias_ptr):
     return b_normal, tl.sigmoid(b_logit)
 
 
-@triton.jit(do_not_specialize=["slots", "stamp"])
+@triton.jit(do_not_specialize=["slots", "stamp", "momentum", "eps"])
 def scale_kernel(
     x_ptr,  # (N, C, P)
     residual_ptr,  # (N, C, P) or None
@@ -233,10 +233,8 @@ def scale_kernel(
     batches_ptr,  # (), int64, updated if UPDATE, or None
     programs,
     COUNT,
-    momentum,
-    momentum_rest,
-    eps,
-    eps_rest,
+    momentum,  # number_bits
+    eps,  # number_bits
     C,
     P,
     BATCH_STATISTICS: tl.constexpr,
@@ -266,7 +264,7 @@ def scale_kernel(
     else:
         mean = tl.load(running_mean_ptr).to(ACC)
         variance = tl.load(running_var_ptr).to(ACC)
-    invstd = 1 / tl.sqrt(variance + join_double(eps, eps_rest, ACC))
+    invstd = 1 / tl.sqrt(variance + number(eps, ACC))
     if pid == 0:
         tl.store(z_ptr + COUNT, mean)
         tl.store(z_ptr + COUNT + 1, invstd)
@@ -274,7 +272,7 @@ def scale_kernel(
         if slots is not None:
             complete = tl.load(slots_pointer(gate_ptr, slots)) != stamp
         if UPDATE and complete:
-            factor = join_double(momentum, momentum_rest, ACC)
+            factor = number(momentum, ACC)
             if batches_ptr is not None:
                 batches = tl.load(batches_ptr) + 1
                 tl.store(batches_ptr, batches)
@@ -358,7 +356,7 @@ def dspatial_kernel(
     tl.store(spatial_ptr + i_n * 3 * P + o_p, b_gate, mask=m_p)
     tl.store(dlogit_ptr + i_n * P + o_p, b_dlogit, mask=m_p)
     tl.store(part_ptr + pid * 2, tl.sum(b_dlogit, axis=0))
-    tl.store(part_ptr + pid * 2 + 1, tl.sum(b_dlogit * b_normal, axis=0))
+    tl.store(part_ptr + pid * 2 + 1, tl.sum(tl.where(m_p, b_dlogit * b_normal, 0.0), axis=0))
 
 
 def _forward(
@@ -468,8 +466,8 @@ def _forward(
         batches,
         parts.shape[1],
         n * h * w,
-        *split_double(momentum or 0.0),
-        *split_double(eps),
+        number_bits(momentum or 0.0, x),
+        number_bits(eps, x),
         c,
         h * w,
         BATCH_STATISTICS=batch_statistics,
@@ -656,13 +654,13 @@ class _CBAM(torch.autograd.Function):
             x, *parameters, running_mean, running_var, batches, residual,
             _channel.pool_bits(pool_types), batch_statistics, update, momentum, eps, relu, True,
         )  # fmt: skip
-        save(ctx, x, *parameters, *kept)
+        save_tensors(ctx, x, *parameters, *kept)
         ctx.pool_types, ctx.batch_statistics, ctx.eps, ctx.relu = pool_types, batch_statistics, eps, relu
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, w1, b1, w2, b2, conv_weight, weight, bias, *kept = saved(ctx)
+        x, w1, b1, w2, b2, conv_weight, weight, bias, *kept = saved_tensors(ctx)
         no_options = (None,) * 9
         need_dresidual = ctx.needs_input_grad[8]
         if torch.is_grad_enabled():
@@ -725,7 +723,7 @@ def cbam(
     ``x`` and ``residual`` (N, C, H, W), dense in the same layout; ``norm`` as :func:`is_fusable` wants it. Its buffers
     are updated inside the kernels, once.
     """
-    parameters = (*contiguous(*mlp), dense(conv_weight), norm.weight, norm.bias)
+    parameters = (*factors(x, *mlp), dense(conv_weight), norm.weight, norm.bias)
     buffers, options = _norm.buffers(norm), (*_norm.options(norm), relu)
     if needs_grad(x, *parameters, residual):
         return _CBAM.apply(x, *parameters, residual, *buffers, tuple(pool_types), *options)

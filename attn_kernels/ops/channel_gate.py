@@ -39,14 +39,14 @@ from attn_kernels.ops._channel_bwd import backward
 from attn_kernels.ops._device import aligned, load_tile, store_tail
 from attn_kernels.ops._launch import GATE_OPTIONS, channel_plan, tile_options
 from attn_kernels.ops._library import (
-    contiguous,
     empty_mask,
+    factors,
     like,
     needs_grad,
     reference_gradients,
     register,
-    save,
-    saved,
+    save_tensors,
+    saved_tensors,
     unmask,
 )
 from attn_kernels.ops._phases import (
@@ -316,13 +316,13 @@ class _ChannelGate(torch.autograd.Function):
     def forward(ctx, x, w1, b1, w2, b2, residual, pool_types, activation, gate_name, relu):
         options = pool_bits(pool_types), activation, gate_name, relu
         y, *kept = forward_op(x, w1, b1, w2, b2, residual, *options)
-        save(ctx, x, w1, b1, w2, b2, *kept)
+        save_tensors(ctx, x, w1, b1, w2, b2, *kept)
         ctx.pool_types, ctx.options = pool_types, options
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, w1, b1, w2, b2, *kept, mask = saved(ctx)
+        x, w1, b1, w2, b2, *kept, mask = saved_tensors(ctx)
         _, activation, gate_name, relu = ctx.options
         need_dresidual = ctx.needs_input_grad[5]
         if torch.is_grad_enabled():
@@ -364,7 +364,7 @@ def channel_gate(
     relu: bool,
 ) -> Tensor:
     """The fused operator, differentiable; ``x`` and ``residual`` (N, C, H, W), dense in the same layout."""
-    w1, b1, w2, b2 = contiguous(w1, b1, w2, b2)
+    w1, b1, w2, b2 = factors(x, w1, b1, w2, b2)
     if needs_grad(x, w1, b1, w2, b2, residual):
         return _ChannelGate.apply(x, w1, b1, w2, b2, residual, tuple(pool_types), mlp_activation, gate, relu)
     pools = pool_bits(pool_types)

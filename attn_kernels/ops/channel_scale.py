@@ -32,8 +32,8 @@ from attn_kernels.ops._library import (
     needs_grad,
     reference_gradients,
     register,
-    save,
-    saved,
+    save_tensors,
+    saved_tensors,
     unmask,
 )
 from reference._common import accumulation_dtype
@@ -234,14 +234,14 @@ class _Pool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, pools):
         values, argmax = pool_op(x, pools)
-        save(ctx, x, argmax)
+        save_tensors(ctx, x, argmax)
         ctx.pools = pools
         # view_as may change strides
         return values, torch.ops.aten.alias(x), torch.empty_like(values[:, 0])
 
     @staticmethod
     def backward(ctx, dpool, dy, gate):
-        x, argmax = saved(ctx)
+        x, argmax = saved_tensors(ctx)
         if torch.is_grad_enabled():
             names = [name for i, name in enumerate(POOLS) if ctx.pools >> i & 1]
 
@@ -258,13 +258,13 @@ class _Scale(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gate, residual, relu, *slots):
         y, mask = scale_op(x, gate, residual, relu, True)
-        save(ctx, x, gate, mask)
+        save_tensors(ctx, x, gate, mask)
         ctx.relu = relu
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, gate, mask = saved(ctx)
+        x, gate, mask = saved_tensors(ctx)
         need_dresidual, to_slots = ctx.needs_input_grad[2], [None] * (len(ctx.needs_input_grad) - 4)
         if torch.is_grad_enabled():
             dy = unmask(dy, mask, x) if ctx.relu else dy

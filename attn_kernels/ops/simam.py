@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from attn_kernels.ops import _config as config
-from attn_kernels.ops._device import aligned, join_double, load_tail_grad, load_tile, store_tail, store_tile
-from attn_kernels.ops._launch import split_double, tile_options, whole_plane_tile
+from attn_kernels.ops._device import aligned, load_tail_grad, load_tile, number, store_tail, store_tile
+from attn_kernels.ops._launch import number_bits, tile_options, whole_plane_tile
 from attn_kernels.ops._library import (
     empty_mask,
     is_channels_last,
@@ -26,8 +26,8 @@ from attn_kernels.ops._library import (
     needs_grad,
     reference_gradients,
     register,
-    save,
-    saved,
+    save_tensors,
+    saved_tensors,
     unmask,
 )
 from reference._common import accumulation_dtype
@@ -72,7 +72,7 @@ def _gated(b_x, b_t, b_q):
     return b_x * b_s
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["e_lambda"])
 def simam_fwd_kernel(
     x_ptr,  # (N, C, P)
     residual_ptr,  # (N, C, P) or None
@@ -81,8 +81,7 @@ def simam_fwd_kernel(
     saved_ptr,  # (N, 2, C), written unless WHOLE, or None: mean and q
     C,
     P,
-    e_lambda,
-    e_lambda_rest,
+    e_lambda,  # number_bits
     RELU: tl.constexpr,
     WHOLE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -93,7 +92,7 @@ def simam_fwd_kernel(
     """y of BLOCK_C planes. Reads x once if the planes fit the tile (WHOLE), else twice."""
     C, P = aligned(C, P, UNIT, CHANNELS_LAST)
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    e_lambda = join_double(e_lambda, e_lambda_rest, ACC)
+    e_lambda = number(e_lambda, ACC)
     blocks = tl.cdiv(C, BLOCK_C)
     i_n = (tl.program_id(0) // blocks).to(tl.int64)
     c = tl.program_id(0) % blocks * BLOCK_C
@@ -146,7 +145,7 @@ def _x_grad(b_t, b_local, b_q, b_sum_u, b_sum_ut, P):
     return b_local - b_t * b_slope[:, None] - b_dmean[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["e_lambda"])
 def simam_bwd_kernel(
     dy_ptr,  # (N, C, P)
     mask_ptr,  # bits of the ReLU, or None
@@ -156,8 +155,7 @@ def simam_bwd_kernel(
     dresidual_ptr,  # (N, C, P), written, or None
     C,
     P,
-    e_lambda,
-    e_lambda_rest,
+    e_lambda,  # number_bits
     WHOLE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     UNIT: tl.constexpr,
@@ -167,7 +165,7 @@ def simam_bwd_kernel(
     """dx of BLOCK_C planes. Reads dy and x once if the planes fit the tile (WHOLE), else twice; writes dx."""
     C, P = aligned(C, P, UNIT, CHANNELS_LAST)
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    e_lambda = join_double(e_lambda, e_lambda_rest, ACC)
+    e_lambda = number(e_lambda, ACC)
     blocks = tl.cdiv(C, BLOCK_C)
     i_n = (tl.program_id(0) // blocks).to(tl.int64)
     c = tl.program_id(0) % blocks * BLOCK_C
@@ -175,9 +173,8 @@ def simam_bwd_kernel(
     if WHOLE:
         b_x = load_tile(x_ptr, i_n, c, 0, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
         b_dy = load_tail_grad(dy_ptr, mask_ptr, dresidual_ptr, i_n, c, 0, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-        _, b_mean, _, b_m2 = _moments(b_x, 0, P)
+        _, _, b_t, b_m2 = _moments(b_x, 0, P)
         b_q = _inverse(b_m2, P, e_lambda)
-        b_t = b_x - b_mean[:, None]
         b_local, b_sum_u, b_sum_ut = _local_grads(b_dy, b_x, b_t, b_q)
         b_dx = _x_grad(b_t, b_local, b_q, b_sum_u, b_sum_ut, P)
         store_tile(b_dx, dx_ptr, i_n, c, 0, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
@@ -190,7 +187,7 @@ def simam_bwd_kernel(
         for p in range(0, P, BLOCK_P):
             b_g = load_tail_grad(dy_ptr, mask_ptr, None, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
             b_tile = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-            _, b_u_tile, b_ut_tile = _local_grads(b_g, b_tile, b_tile - b_mean[:, None], b_q)
+            _, b_u_tile, b_ut_tile = _local_grads(b_g, b_tile, _deviations(b_tile, b_mean, p, P), b_q)
             b_sum_u += b_u_tile
             b_sum_ut += b_ut_tile
         for i in range(0, tl.cdiv(P, BLOCK_P)):
@@ -220,7 +217,7 @@ def _launch_forward(
         None if whole else saved,
         c,
         h * w,
-        *split_double(e_lambda),
+        number_bits(e_lambda, x),
         RELU=relu,
         WHOLE=whole,
         **tile_options(x, tile),
@@ -269,7 +266,7 @@ def _backward(
         dresidual,
         c,
         h * w,
-        *split_double(e_lambda),
+        number_bits(e_lambda, x),
         WHOLE=tile.block_p >= h * w,
         **tile_options(x, tile),
     )
@@ -300,13 +297,13 @@ class _SimAM(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, e_lambda, relu):
         y, *kept = forward_op(x, residual, e_lambda, relu)
-        save(ctx, x, *kept)
+        save_tensors(ctx, x, *kept)
         ctx.e_lambda, ctx.relu = e_lambda, relu
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, statistics, mask = saved(ctx)
+        x, statistics, mask = saved_tensors(ctx)
         need_dresidual = ctx.needs_input_grad[1]
         if torch.is_grad_enabled():
             dy = unmask(dy, mask, x) if ctx.relu else dy
