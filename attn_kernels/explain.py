@@ -169,7 +169,7 @@ def _explain_network(network: nn.Module, x: Tensor, residual: Tensor | None) -> 
 
 
 def _without_data(module: nn.Module, mode: FakeTensorMode, twins: dict[nn.Module, nn.Module]) -> nn.Module:
-    """A module like ``module`` and its children, whose tensors have no data, and whose changes and hooks are its own."""
+    """A module like ``module``, with children of its own, whose tensors have no data and whose changes stay its own."""
     if module in twins:
         return twins[module]
     if isinstance(module, torch.jit.ScriptModule):  # whose state is not in Python

@@ -14,6 +14,7 @@ import reference
 from attn_kernels.ops import _config, _launch
 from attn_kernels.ops.batch_norm_relu import backward_op, batch_norm_relu, can_add, forward_op, is_fusable
 from reference.bam import spatial_layer
+from tests.fuse.cases import timm
 from tests.harness import DTYPES, LAYOUTS, assert_close, pair, run
 
 SHAPES = {"odd": (3, 5, 7, 9), "one pixel": (4, 3, 1, 1), "one channel": (2, 1, 6, 5), "wide": (2, 70, 3, 11)}
@@ -257,6 +258,7 @@ def _with_state(name, state, channels=4):
         ("weight", nn.Parameter(torch.ones(3))),
         ("bias", nn.Parameter(torch.ones(4, 1))),
         ("num_batches_tracked", torch.zeros(2, dtype=torch.long)),
+        ("num_batches_tracked", torch.zeros((), dtype=torch.long, device="meta")),
     ],
 )
 def test_other_states_are_pytorchs(name, state):
@@ -377,9 +379,10 @@ def test_a_map_that_a_layer_resized_is_pytorchs(device):
         fused(torch.randn(2, 12, 4, 4, device=device))
 
 
+@pytest.mark.parametrize("size", [1, (1, None)])
 @pytest.mark.parametrize("training", [True, False])
-def test_a_spatial_map_of_one_pixel_is_that_of_all(training, device):
-    layers = [nn.BatchNorm2d(3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 1, 1)]
+def test_a_smaller_spatial_map_is_broadcast(training, size, device):
+    layers = [nn.BatchNorm2d(3), nn.ReLU(), nn.AdaptiveAvgPool2d(size), nn.Conv2d(3, 1, 1)]
     modules = pair(lambda kit: _Branches(kit, *copy.deepcopy(layers)), device)
     fused, eager = (m.double().train(training) for m in modules)
     x, dy = (torch.randn(6, 12, 4, 5, dtype=torch.float64, device=device) for _ in range(2))
@@ -395,7 +398,7 @@ def test_a_spatial_map_of_one_pixel_is_that_of_all(training, device):
     [
         ([nn.Conv2d(3, 1, 3)], (2, 1, 2, 3)),
         ([nn.Upsample(scale_factor=2), nn.Conv2d(3, 1, 1)], (2, 1, 8, 10)),
-        ([nn.Conv2d(3, 1, 1), nn.AdaptiveAvgPool2d((1, None))], (2, 1, 1, 5)),
+        ([nn.Conv2d(3, 1, 1), nn.AdaptiveAvgPool2d((2, None))], (2, 1, 2, 5)),
         ([nn.Conv2d(3, 1, 1), nn.ConvTranspose2d(1, 12, 1)], (2, 12, 4, 5)),
     ],
     ids=["unpadded", "upsampled", "a row", "channels"],
@@ -413,6 +416,22 @@ def test_channel_logits_of_another_shape_are_refused(kit, device):
     module.gate_c.append(nn.Unflatten(1, (12, 1, 1)))
     with pytest.raises(ValueError, match=re.escape("gate_c: expected to return (N, C), (2, 12), got (2, 12, 1, 1)")):
         module.to(device)(torch.randn(2, 12, 4, 5, device=device))
+
+
+@pytest.mark.parametrize("kit", [reference, attn_kernels])
+def test_hooks_on_the_spatial_branch_itself_run(kit, device):
+    module, x = _Branches(kit, nn.Conv2d(3, 1, 1)).to(device), torch.randn(2, 12, 4, 5, device=device)
+    expected, calls = module(x), []
+    module.gate_s.register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-5)
+    assert calls == [1]
+
+
+def test_timms_norm_with_hooks_is_a_module(device):
+    norm = timm.layers.BatchNormAct2d(4, apply_act=False)
+    assert is_fusable(norm, nn.ReLU())
+    norm.act.register_forward_hook(lambda *_: None)
+    assert not is_fusable(norm, nn.ReLU())
 
 
 @pytest.mark.parametrize("kit", [reference, attn_kernels])

@@ -143,22 +143,27 @@ import torch
 import attn_kernels
 from benchmarks.machine_code import capture, machine_code
 
-shape, dtypes = (8, 64, 7, 7), {"f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16}
-for x_dtype, dtype, residual_dtype in (("f64", "f16", "bf16"), ("bf16", "f64", "f64"), ("f16", "bf16", "f64")):
-    for name in ("SE", "CBAM", "BAM", "SimAM"):
-        with torch.device("meta"):
-            module = getattr(attn_kernels, name)(64).to(dtypes[dtype])
-            x = torch.empty(shape, dtype=dtypes[x_dtype]).requires_grad_()
-            residual = torch.empty(shape, dtype=dtypes[residual_dtype])
-        with capture(132, x) as found:
-            y = module(x, residual, "relu")
-            torch.autograd.grad(y, [x, *module.parameters()], torch.empty_like(y))
-        for kernel in {launch.kernel for launch in found}:
-            try:
-                machine_code(kernel, 90, False)
-                print(kernel.name)
-            except Exception as error:
-                print(f"{name} {kernel.name}: {x_dtype} with {dtype} and {residual_dtype}: {str(error)[:200]}")
+dtypes = {"f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16}
+few, many = (8, 64, 7, 7), (256, 512, 7, 7)  # of the many samples a program takes several
+calls = [
+    (*which, name, few)
+    for which in (("f64", "f16", "bf16"), ("bf16", "f64", "f64"), ("f16", "bf16", "f64"))
+    for name in ("SE", "CBAM", "BAM", "SimAM")
+]
+for x_dtype, dtype, residual_dtype, name, shape in [*calls, *(("f64", "f16", "f16", n, many) for n in ("SE", "CBAM"))]:
+    with torch.device("meta"):
+        module = getattr(attn_kernels, name)(shape[1]).to(dtypes[dtype])
+        x = torch.empty(shape, dtype=dtypes[x_dtype]).requires_grad_()
+        residual = torch.empty(shape, dtype=dtypes[residual_dtype])
+    with capture(132, x) as found:
+        y = module(x, residual, "relu")
+        torch.autograd.grad(y, [x, *module.parameters()], torch.empty_like(y))
+    for kernel in {launch.kernel for launch in found}:
+        try:
+            machine_code(kernel, 90, False)
+            print(kernel.name)
+        except Exception as error:
+            print(f"{name} {kernel.name}: {x_dtype} with {dtype} and {residual_dtype}: {str(error)[:200]}")
 """
 
 

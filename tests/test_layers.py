@@ -138,6 +138,15 @@ def test_forward_of_any_layers_instance(package, name, device):
 
 
 @pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize(("name", "kind"), [("SE", nn.Linear), ("CBAM", nn.Conv2d), ("BAM", nn.ReLU)])
+def test_forward_of_a_class(package, name, kind, device, monkeypatch):
+    module, x = build(package, name, device), inputs(device)
+    untouched = module(x)
+    monkeypatch.setattr(kind, "forward", lambda self, t, forward=kind.forward: 2 * forward(self, t))
+    assert not torch.allclose(module(x), untouched, atol=1e-5)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
 @pytest.mark.parametrize("name", BUILD)
 def test_hooks_on_every_module(package, name, device):
     module, x, seen = build(package, name, device), inputs(device), set()

@@ -7,9 +7,11 @@ import itertools
 
 import pytest
 import torch
+from torch import nn
 
 import attn_kernels
 import reference
+from attn_kernels.ops.batch_norm_relu import batch_norm_relu
 from reference.se import ACTIVATIONS, GATES
 from tests.harness import ALL_POOLS, LAYOUTS, MODULES, Run, pair
 
@@ -149,6 +151,49 @@ def test_simam_of_a_mean_whose_square_is_infinite(deviation, side, layout, devic
         return results
 
     _finite_as(both(reference.simam), both(attn_kernels.functional.simam), x)
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("side", [5, 41])
+def test_padding_of_simams_planes_takes_no_part(side, layout, device):
+    """(0 - mean) / (4 * lambda) is infinite there."""
+    x = torch.full((1, 8, side, side), 2.0**117, device=device).contiguous(memory_format=LAYOUTS[layout])
+    x.requires_grad_()
+    (dx,) = torch.autograd.grad(attn_kernels.SimAM()(x).sum(), x)
+    (expected,) = torch.autograd.grad(reference.simam(x).sum(), x)
+    assert expected.isfinite().all()
+    torch.testing.assert_close(dx, expected)
+
+
+@pytest.mark.parametrize("weight", [1.0, -1.0])
+@pytest.mark.parametrize("with_conv", [False, True])
+def test_padding_of_batch_norms_maps_takes_no_part(with_conv, weight, device):
+    """(0 - mean) / deviation is infinite there, of a channel whose values are equal."""
+    norm, conv = nn.BatchNorm2d(2).to(device), nn.Conv2d(2, 1, 1).to(device) if with_conv else None
+    nn.init.constant_(norm.weight, weight)
+    c = torch.full((2, 2, 3, 5), 2.0**122, device=device).requires_grad_()
+    r = batch_norm_relu(c, norm, conv)
+    gradients = torch.autograd.grad(r.sum(), [c, *norm.parameters(), *(conv.parameters() if with_conv else ())])
+    assert all(g.isfinite().all() for g in gradients)
+
+
+def test_padding_of_cbams_maps_takes_no_part(device):
+    fused, eager = pair(lambda kit: kit.SpatialGate(), device)
+    for module in (fused, eager):
+        nn.init.zeros_(module.spatial.conv.weight).data[0, 0, 3, 3] = 1
+    x = torch.full((2, 4, 3, 5), 2.0**122, device=device)
+
+    def both(module):
+        def results(x):
+            x = x.clone().requires_grad_()
+            y = module(x)
+            return y, *torch.autograd.grad(y.sum(), [x, *module.parameters()])
+
+        return results
+
+    assert all(t.isfinite().all() for t in both(eager)(x))
+    _finite_as(both(eager), both(fused), x)
 
 
 @pytest.mark.device

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import attn_kernels
 import reference
-from attn_kernels.ops import _config, _conv
+from attn_kernels.ops import _config, _conv, _launch
 from reference.se import ACTIVATIONS, GATES
 from tests.harness import ALL_POOLS, DTYPES, LAYOUTS, MODULES, check
 
@@ -183,6 +183,19 @@ def test_parameters_of_another_dtype(module, parameter_dtype, device):
 def test_any_shape(module, n, c, h, w, layout, tail, device):
     build = lambda kit: MODULES[module](kit, c)  # noqa: E731
     check(build, (n, c, h, w), torch.float64, layout, device, activation="relu" if tail else None, with_residual=tail)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [1e-4, 0.1, 0.0, 1e-50, 1e300, -0.1, 1])
+def test_numbers_are_exact_arguments(value, dtype):
+    """As bits, since a float argument is a float32; the interpreter does not round it."""
+    bits = _launch.number_bits(value, torch.empty(0, dtype=dtype))
+    integer = torch.int64 if dtype == torch.float64 else torch.int32
+    assert torch.iinfo(integer).min <= bits <= torch.iinfo(integer).max
+    assert (
+        torch.tensor(bits, dtype=integer).view(dtype).item()
+        == torch.tensor(value, dtype=torch.float64).to(dtype).item()
+    )
 
 
 @pytest.mark.device
