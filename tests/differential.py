@@ -254,6 +254,8 @@ def differences(case: Case, got: dict, want: dict, exact: dict):
         if not e.numel():
             continue
         scale = max(e.abs().max().item(), 1e-2 * largest.get("dd" if name.startswith("dd") else "d", 0), 1e-6)
+        if e.numel() <= 256 and case.dtype != "fp64":
+            scale *= 8  # few numbers may all round luckily in eager
         if case.dtype == "fp64":
             error = ((g.double() - e).abs().max() / scale).item()
             limit = 1e-6 if name.startswith("dd") or case.module == "BAM" else 1e-8
