@@ -51,7 +51,10 @@ FIRST_CONTACT, TESTS, SPEED, TRAIN, BYTES = 75, 60, 32, 30, 25
 TRAIN_PLAIN = 42  # of a network that measures the plain form of its kind, too
 REPEATS, SANITIZER, FUZZ = 60, 60, 120
 # The files with tests of the mark ``device``: each worker collects what it is given, which takes longer than to run it.
-DEVICE_TESTS = ("ops", "device", "dispatch", "pytorch", "compile", "semantics", "batch_norm_relu", "precompile")
+DEVICE_TESTS = (
+    *("ops", "device", "dispatch", "pytorch", "compile", "semantics", "batch_norm_relu", "precompile"),
+    *("nonfinite", "saved_tensors"),
+)
 LEAST = 10  # seconds, below which a step is not started
 TO_END_STEP = 5  # of its limit, for the last cell may take longer than expected
 TO_END = 8  # seconds at the end of the call

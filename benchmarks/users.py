@@ -41,11 +41,11 @@ def library(name: str) -> ModuleType:
 
 
 def SE(
-    channels: int, *, hidden_channels: int | None = None, activation: str = "relu", gate: str = "sigmoid"
+    channels: int, *, hidden_channels: int | None = None, mlp_activation: str = "relu", gate: str = "sigmoid"
 ) -> nn.Module:
     """timm's ``SEModule``."""
     hidden = hidden_channels or max(1, round(channels / 16))
-    activation, gate = ACTIVATIONS[activation], GATES[gate]
+    activation, gate = ACTIVATIONS[mlp_activation], GATES[gate]
     return library("timm.layers").SEModule(channels, rd_channels=hidden, act_layer=activation, gate_layer=gate)
 
 

@@ -76,7 +76,7 @@ def _planted(place, value, shape, layout, device):
     return [t.to(device).contiguous(memory_format=LAYOUTS[layout]) for t in tensors.values()]
 
 
-@pytest.mark.device
+@pytest.mark.fast
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize("name", BUILDS)
 def test_as_the_reference(name, value, device):
