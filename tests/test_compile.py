@@ -145,12 +145,9 @@ from benchmarks.machine_code import capture, machine_code
 
 dtypes = {"f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16}
 few, many = (8, 64, 7, 7), (256, 512, 7, 7)  # of the many samples a program takes several
-calls = [
-    (*which, name, few)
-    for which in (("f64", "f16", "bf16"), ("bf16", "f64", "f64"), ("f16", "bf16", "f64"))
-    for name in ("SE", "CBAM", "BAM", "SimAM")
-]
-for x_dtype, dtype, residual_dtype, name, shape in [*calls, *(("f64", "f16", "f16", n, many) for n in ("SE", "CBAM"))]:
+calls = [("f64", "f16", "bf16", name, few) for name in ("SE", "CBAM", "BAM", "SimAM")]
+calls += [("f64", "f16", "f16", name, many) for name in ("SE", "CBAM")] + [("bf16", "f64", "f64", "SE", few)]
+for x_dtype, dtype, residual_dtype, name, shape in calls:
     with torch.device("meta"):
         module = getattr(attn_kernels, name)(shape[1]).to(dtypes[dtype])
         x = torch.empty(shape, dtype=dtypes[x_dtype]).requires_grad_()

@@ -89,7 +89,7 @@ def test_as_the_reference(name, value, device):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("value", ["nan", "inf"])
 @pytest.mark.parametrize("name", WALKED)
 def test_planes_larger_than_a_tile(name, value, layout, device):
     for place in ("x", "dy"):
