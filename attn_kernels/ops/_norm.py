@@ -10,10 +10,11 @@ from reference._common import is_plain_layer, is_untouched, uses_batch_statistic
 
 
 def _is_batch_norm(norm: object) -> bool:
-    """A BatchNorm2d, or timm's BatchNormAct2d that adds nothing to one."""
+    """A plain BatchNorm2d, or timm's BatchNormAct2d that adds nothing to one."""
     if isinstance(norm, nn.BatchNorm2d) and type(norm).__name__ == "BatchNormAct2d":
         is_timms = type(norm).__module__.startswith("timm.")
-        return is_timms and all(is_plain_layer(layer, nn.Identity) for layer in (norm.drop, norm.act))
+        parts_are_plain = all(is_plain_layer(layer, nn.Identity) for layer in (norm.drop, norm.act))
+        return is_timms and parts_are_plain and is_untouched(norm)
     return is_plain_layer(norm, nn.BatchNorm2d)
 
 
@@ -23,7 +24,6 @@ def is_fusable(norm: object) -> bool:
         _is_batch_norm(norm)
         and (norm.running_mean is None) == (norm.running_var is None)
         and (norm.momentum is not None or norm.num_batches_tracked is not None or norm.running_mean is None)
-        and is_untouched(norm)
     )
 
 
