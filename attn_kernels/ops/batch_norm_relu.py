@@ -226,9 +226,9 @@ def dparameters_kernel(
         i_n = tl.cast(t // blocks, tl.int64)
         p = t % blocks * BLOCK_P
         b_c = load_tile(c_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-        # Not (0 - mean) / deviation outside the map, which may be infinite, and NaN times dr = 0.
+        # The mean where there is no map, not 0, which may be an infinite number of deviations away.
         m_p = (p + tl.arange(0, BLOCK_P) < P)[None, :]
-        b_normal = tl.where(m_p, (b_c - b_mean) * b_invstd, 0.0)
+        b_normal = (tl.where(m_p, b_c, b_mean) - b_mean) * b_invstd
         b_r = b_normal * b_weight + b_bias
         if add_weight_ptr is None:
             b_dr = load_tile(dr_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
