@@ -6,20 +6,21 @@ either run the caller's script again or fork a process that uses CUDA. Run as a 
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import pickle
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from importlib import import_module
 from typing import NamedTuple
 
 import triton
 
-from attn_kernels._recording import Specialization, compiling_for
+from attn_kernels._recording import Specialization, compiling_for, target
 
 
 class Outcome(NamedTuple):
@@ -52,7 +53,7 @@ def compile_kernel(kernel: Specialization, capability: int) -> Outcome:
     start, complaint = _cpu_seconds(), ""
     with compiling_for(capability), compilations() as compiled:
         try:
-            getattr(import_module(kernel.module), kernel.kernel).preload(kernel.data)
+            triton.compile(kernel.source(), target=target(capability), options=dict(kernel.options))
         except Exception as error:  # of the compiler, of whatever kind: others are still to come
             complaint = f"{type(error).__name__}: {str(error)[-300:]}"
     return Outcome(kernel.kernel in compiled, _cpu_seconds() - start, complaint)
@@ -125,7 +126,7 @@ class _Worker:
         if self._process is None or self._process.poll() is not None:
             self._process = self._start()
         try:
-            self._process.stdin.write(json.dumps(kernel) + "\n")
+            self._process.stdin.write(base64.b64encode(pickle.dumps(kernel)).decode() + "\n")
             self._process.stdin.flush()
             answer = self._process.stdout.readline()
         except BrokenPipeError:
@@ -158,7 +159,7 @@ def _work(capability: int) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a compiler prints is no answer
     for line in sys.stdin:
-        outcome = compile_kernel(Specialization(*json.loads(line)), capability)
+        outcome = compile_kernel(pickle.loads(base64.b64decode(line)), capability)
         print(json.dumps(outcome), file=answers, flush=True)
 
 

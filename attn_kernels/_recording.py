@@ -7,8 +7,10 @@ what. Neither disturbs another thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from threading import RLock, get_ident
 from typing import NamedTuple
 
@@ -18,31 +20,64 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_any, tree_map_only
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
-from attn_kernels.ops import _launch
-from attn_kernels.ops._library import FakeTensor, is_channels_last
+from attn_kernels.ops.common import device as _device
+from attn_kernels.ops.common.layout import is_channels_last
+from attn_kernels.ops.common.operator import FakeTensor
 
 _LAUNCHER = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _lock = RLock()  # held by the one thread that records or compiles
 
 
 class Specialization(NamedTuple):
-    """A kernel as Triton compiles it, for a set of arguments of the same types, divisibility and constants."""
+    """A kernel as Triton compiles it, for a set of arguments of the same types, divisibility and constants.
+
+    The last four are the items of the dictionaries that Triton's ASTSource and compile() take.
+    """
 
     module: str
     kernel: str
-    data: str  # JSON, of which Triton's preload() compiles the kernel
+    signature: tuple[tuple[str, object], ...]
+    constants: tuple[tuple[tuple[int, ...], object], ...]
+    attributes: tuple[tuple[tuple[int, ...], object], ...]
+    options: tuple[tuple[str, object], ...]
+
+    @classmethod
+    def of(cls, module: str, kernel: str, compile: dict) -> Specialization:
+        """From what Triton's ``jit_cache_hook`` is given."""
+        (attributes,) = compile["configs"]
+        options = json.loads(compile["specialization_data"])["options"]
+        dicts = compile["signature"], compile["constants"], _as_tuples(attributes), _as_tuples(options)
+        return cls(module, kernel, *(tuple(d.items()) for d in dicts))
+
+    def source(self) -> ASTSource:
+        """For Triton's compile()."""
+        function = getattr(import_module(self.module), self.kernel)
+        return ASTSource(function, dict(self.signature), dict(self.constants), as_attributes(self.attributes))
+
+
+def as_attributes(items: Iterable[tuple[tuple[int, ...], object]]) -> dict[tuple[int, ...], list]:
+    """Attributes as Triton takes them: lists of pairs, by the path of the argument."""
+    return {path: [list(pair) for pair in pairs] for path, pairs in items}
+
+
+def _as_tuples(value: object) -> object:
+    """Lists of lists as tuples, which can be compared as wholes; also the values of a dictionary."""
+    if isinstance(value, dict):
+        return {key: _as_tuples(v) for key, v in value.items()}
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
 @contextmanager
 def launching_without_data(multiprocessors: int) -> Iterator[None]:
     """Inside the block modules launch on meta and fake tensors, as on a GPU of that size."""
     with _lock, _Launchers():
-        _launch.assumed_multiprocessors, _launch.recorded_thread = multiprocessors, get_ident()
+        _device.assumed_multiprocessors, _device.recorded_thread = multiprocessors, get_ident()
         try:
             yield
         finally:
-            _launch.assumed_multiprocessors = _launch.recorded_thread = 0
+            _device.assumed_multiprocessors = _device.recorded_thread = 0
 
 
 class _Launchers(TorchDispatchMode):
@@ -82,7 +117,7 @@ def specializing(capability: int, heard: Callable[[Specialization, dict], None])
         if get_ident() != thread:
             return hook(fn=fn, compile=compile, **others) if hook else None
         if fn.module.startswith("attn_kernels."):
-            heard(Specialization(fn.module, fn.name, compile["specialization_data"]), compile)
+            heard(Specialization.of(fn.module, fn.name, compile), compile)
         return True  # do not compile
 
     with compiling_for(capability, "recording"):  # where no kernel is ever compiled: every launch is heard
@@ -99,7 +134,7 @@ def compiling_for(capability: int, device: str = "compiling") -> Iterator[None]:
 
     Triton keeps by ``device`` what it has compiled.
     """
-    _launch.settle_cache_keys()
+    _device.settle_cache_keys()
     with _lock:
         # None where it was not asked for yet: the machine's own is then found where it is.
         before = getattr(triton.runtime.driver, "_active", None)

@@ -16,7 +16,7 @@ import reference.models
 from attn_kernels import functional
 from attn_kernels.functional import why_not
 from attn_kernels.fuse.modules import OF_REFERENCE, OURS, FusedBlock, FusedModule
-from attn_kernels.ops._library import is_dense, layout
+from attn_kernels.ops.common.layout import is_dense, layout
 from reference._common import AttentionModule, check_input
 from reference.bam import check_bam
 from reference.cbam import check_spatial_gate

@@ -20,9 +20,10 @@ from torch.autograd import forward_ad
 
 import reference
 from attn_kernels._versions import interpreter_clash
-from attn_kernels.ops import _launch
-from attn_kernels.ops._library import PLAIN, FakeTensor, dense, in_layout_of
-from attn_kernels.ops._norm import has_usual_state
+from attn_kernels.ops.common import device as _device
+from attn_kernels.ops.common.batch_norm import has_usual_state
+from attn_kernels.ops.common.layout import dense, in_layout_of
+from attn_kernels.ops.common.operator import PLAIN, FakeTensor
 from reference._common import is_plain_layer, without_autocast
 from reference.bam import check_bam
 from reference.cbam import check_cbam, check_channel_gate, check_spatial_gate
@@ -46,8 +47,8 @@ else:
     else:
         from attn_kernels.ops import bam as _bam
         from attn_kernels.ops import cbam as _cbam
+        from attn_kernels.ops import channel_attention as _channel_attention
         from attn_kernels.ops import channel_gate as _channel_gate
-        from attn_kernels.ops import channel_scale as _channel_scale
         from attn_kernels.ops import simam as _simam
 
         _DEVICES = ("cuda",)
@@ -123,7 +124,7 @@ def devices() -> tuple[str, ...]:
 
 def _is_recorded(x: Tensor) -> bool:
     """Whether what a call on x would launch is being recorded (``attn_kernels.precompile``): x has no data then."""
-    is_ours = _launch.recorded_thread > 0 and _launch.recorded_thread == get_ident()
+    is_ours = _device.recorded_thread > 0 and _device.recorded_thread == get_ident()
     return is_ours and (x.is_meta or type(x) is FakeTensor)
 
 
@@ -210,7 +211,7 @@ def channel_attention(
             return check_gate(gate(*pooled), x)
 
     x, residual = _prepare(x, residual)
-    return _channel_scale.channel_attention(x, checked, pool_types, residual, activation == "relu")
+    return _channel_attention.channel_attention(x, checked, pool_types, residual, activation == "relu")
 
 
 def simam(

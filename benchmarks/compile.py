@@ -31,6 +31,7 @@ from benchmarks.machine_code import (
     VECTOR_BITS,
     Access,
     Architecture,
+    ArgumentPath,
     Kernel,
     Launch,
     MachineCode,
@@ -47,8 +48,8 @@ BATCHES = (1, 32)
 
 def gathers(kernel: Kernel) -> int:
     """A thread's loads of single elements of x: the values of maxima whose index was saved."""
-    if kernel.name == "gate_bwd_kernel" and kernel.constant("MAX"):  # one per plane
-        planes = kernel.constant("SAMPLES") * kernel.constant("BLOCK_C")
+    if kernel.name == "gate_bwd_kernel" and kernel.constant("POOLS", "max"):  # one per plane
+        planes = kernel.constant("WORK", "samples") * kernel.constant("TILE", "block_c")
         return max(planes // (32 * dict(kernel.options)["num_warps"]), 1)
     return int(kernel.name == "dspatial_kernel")  # one per pixel
 
@@ -136,7 +137,7 @@ class Variant:
 
     kernel: Kernel
     architecture: Architecture
-    full_size: frozenset[int] = frozenset()
+    full_size: frozenset[ArgumentPath] = frozenset()
     vector: bool = False
     cases: list[Case] = field(default_factory=list)
 
@@ -285,8 +286,8 @@ def describe(variant: Variant, code: MachineCode) -> Row:
         "layout": first.layout,
         "case": str(first),
         "cases": len(variant.cases),
-        "block_c": kernel.constant("BLOCK_C"),
-        "block_p": kernel.constant("BLOCK_P"),
+        "block_c": kernel.constant("TILE", "block_c"),
+        "block_p": kernel.constant("TILE", "block_p"),
         "warps": code.warps,
         "registers": code.registers,
         "stack_bytes": code.stack,

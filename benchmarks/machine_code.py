@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
+from pkgutil import walk_packages
 from types import ModuleType
 from typing import NamedTuple
 from unittest.mock import patch
@@ -69,33 +69,52 @@ ARCHITECTURES = {
 }
 
 
+# The place of a kernel's argument: its number and, in a tuple, that within the tuple.
+ArgumentPath = tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Kernel:
     """What Triton compiles a launch to: equal for launches that run the same code."""
 
     module: str
     name: str
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[tuple[int, ...], object], ...]
-    attributes: tuple[tuple[tuple[int, ...], object], ...]
+    signature: tuple[tuple[str, object], ...]
+    constants: tuple[tuple[ArgumentPath, object], ...]
+    attributes: tuple[tuple[ArgumentPath, object], ...]
     options: tuple[tuple[str, object], ...]
 
-    def constant(self, name: str) -> object:
-        """The value of a constexpr argument; None where the kernel has no such argument."""
+    def constant(self, name: str, field: str) -> object:
+        """The value of a field of a constexpr argument; None where the kernel has no such argument."""
         names = [argument for argument, _ in self.signature]
-        return dict(self.constants).get((names.index(name),)) if name in names else None
+        return getattr(dict(self.constants).get((names.index(name),)), field) if name in names else None
+
+    @property
+    def arguments(self) -> dict[ArgumentPath, str]:
+        """The types of the arguments that are passed, those in a tuple each, by their places."""
+        kinds = leaves(tuple(kind for _, kind in self.signature))
+        return {path: kind for path, kind in kinds if kind != "constexpr"}
 
     @property
     def is_fp64(self) -> bool:
-        return any(kind == "*fp64" for _, kind in self.signature)
+        return "*fp64" in self.arguments.values()
+
+
+def leaves(values: object, path: ArgumentPath = ()) -> Iterator[tuple[ArgumentPath, object]]:
+    """Values of nested tuples, with their places."""
+    if isinstance(values, tuple):
+        for i, value in enumerate(values):
+            yield from leaves(value, (*path, i))
+    else:
+        yield path, values
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel, the positions of its arguments that are tensors like x, and whether x's rows are 16-byte vectors."""
+    """A kernel, the places of its arguments that are tensors like x, and whether x's rows are 16-byte vectors."""
 
     kernel: Kernel
-    full_size: frozenset[int]
+    full_size: frozenset[ArgumentPath]
     vector: bool
 
 
@@ -110,8 +129,8 @@ def capture(multiprocessors: int, x: Tensor) -> Iterator[list[Launch]]:
     from triton.runtime.jit import JITFunction
 
     from attn_kernels._recording import launching_without_data, specializing
-    from attn_kernels.ops._config import vector_length
-    from attn_kernels.ops._library import is_channels_last
+    from attn_kernels.ops.common.layout import is_channels_last
+    from attn_kernels.ops.common.tiling import vector_length
 
     if triton.knobs.runtime.interpret:
         raise RuntimeError("kernels cannot be compiled under TRITON_INTERPRET=1: unset it")
@@ -129,7 +148,8 @@ def capture(multiprocessors: int, x: Tensor) -> Iterator[list[Launch]]:
 
     def heard(kernel, compile: dict) -> None:
         names = list(compile["signature"])
-        full_size = frozenset(i for i, name in enumerate(names) if is_like(arguments[name], x))
+        passed = leaves(tuple(arguments[name] for name in names))
+        full_size = frozenset(path for path, value in passed if is_like(value, x))
         options = {name: arguments[name] for name in arguments if name not in (*names, "grid", "warmup")}
         launches.append(Launch(_kernel(kernel, compile, options), full_size, vector))
 
@@ -156,7 +176,8 @@ def ops() -> list[ModuleType]:
     """The modules that define kernels."""
     import attn_kernels.ops
 
-    return [import_module(f"attn_kernels.ops.{module.name}") for module in iter_modules(attn_kernels.ops.__path__)]
+    found = walk_packages(attn_kernels.ops.__path__, "attn_kernels.ops.")
+    return [import_module(module.name) for module in found]
 
 
 @dataclass(frozen=True)
@@ -175,10 +196,10 @@ class MachineCode:
 
 
 class Access(NamedTuple):
-    """A load or store of PTX: the position of the kernel's argument that it goes through, and its width."""
+    """A load or store of PTX: the place of the kernel's argument that it goes through, and its width."""
 
     kind: str
-    argument: int
+    argument: ArgumentPath
     bits: int
 
 
@@ -201,7 +222,7 @@ def machine_code(kernel: Kernel, capability: int, disassemble: bool) -> MachineC
         usage = dict(re.findall(r"(\w+):(\d+)", _tool("cuobjdump", "-res-usage", cubin)))
         text = _tool("nvdisasm", "-c", "-g", cubin) if disassemble else None
     ptx = compiled.asm["ptx"]
-    arguments = [i for i, (_, kind) in enumerate(kernel.signature) if kind != "constexpr"]
+    arguments = list(kernel.arguments)
     return MachineCode(
         registers=int(usage["REG"]),
         stack=int(usage["STACK"]),
@@ -209,7 +230,7 @@ def machine_code(kernel: Kernel, capability: int, disassemble: bool) -> MachineC
         shared=compiled.metadata.shared,
         warps=compiled.metadata.num_warps,
         fp64=len(re.findall(r"^\s*(?:@!?%p\d+ )?(?!mov|ld|st)\S*\.f64", ptx, re.MULTILINE)),
-        accesses=tuple(access._replace(argument=arguments[access.argument]) for access in parse_ptx(ptx)),
+        accesses=tuple(Access(kind, arguments[i], bits) for kind, i, bits in parse_ptx(ptx)),
         sass=parse_sass(text) if text else None,
         stretches=tuple(stretches(text)) if text else (),
     )
@@ -233,8 +254,10 @@ def _tool(name: str, *arguments: str | Path) -> str:
     return subprocess.run([_tools() / name, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def parse_ptx(ptx: str) -> Iterator[Access]:
+def parse_ptx(ptx: str) -> Iterator[tuple[str, int, int]]:
     """The accesses to global memory, each traced through address arithmetic to the parameter that it starts from.
+
+    Whether it is a load or a store, the number of the parameter, and bits.
 
     Raises:
         ValueError: an address of unknown origin.
@@ -246,7 +269,7 @@ def parse_ptx(ptx: str) -> Iterator[Access]:
             known = [roots[register] for register in re.findall(r"\[ *(%rd\d+)", line) if register in roots]
             if not known:
                 raise ValueError(f"an address of unknown origin: {line}")
-            yield Access("load" if line.startswith(("ld", "cp")) else "store", known[0], _bits(line))
+            yield "load" if line.startswith(("ld", "cp")) else "store", known[0], _bits(line)
 
 
 def _address_roots(lines: list[str]) -> dict[str, int]:

@@ -35,7 +35,7 @@ from attn_kernels.fuse.recognise import NoFormula
 from attn_kernels.fuse.report import FuseReport, Row, Swap
 from attn_kernels.fuse.rewrite import find
 from attn_kernels.fuse.terms import Refused
-from attn_kernels.ops._library import PLAIN_TENSORS
+from attn_kernels.ops.common.operator import PLAIN_TENSORS
 from reference._common import DTYPES
 
 Filter = Callable[[nn.Module, str], bool]

@@ -23,7 +23,7 @@ from attn_kernels.fuse.guards import Guard, Path
 from attn_kernels.fuse.plans import Plan
 from attn_kernels.fuse.rewrite import Fusion, find
 from attn_kernels.fuse.terms import Refused
-from attn_kernels.ops._library import PLAIN_TENSORS
+from attn_kernels.ops.common.operator import PLAIN_TENSORS
 from reference._common import DTYPES, hooks_on_every_module
 
 OURS = tuple(getattr(modules, name) for name in ("SE", "ChannelGate", "SpatialGate", "CBAM", "BAM", "SimAM"))

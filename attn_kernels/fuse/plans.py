@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from attn_kernels.fuse.evaluate import layer_at
 from attn_kernels.fuse.guards import Path
-from attn_kernels.ops._library import PLAIN_TENSORS
+from attn_kernels.ops.common.operator import PLAIN_TENSORS
 from reference._common import DTYPES, like_parameters
 
 

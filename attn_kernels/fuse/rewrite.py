@@ -19,7 +19,7 @@ from attn_kernels.fuse.guards import Child, Guard, Path, is_constant
 from attn_kernels.fuse.interpret import TRAINING
 from attn_kernels.fuse.plans import Plan
 from attn_kernels.fuse.terms import Refused, Size, Value
-from attn_kernels.ops._library import PLAIN_TENSORS
+from attn_kernels.ops.common.operator import PLAIN_TENSORS
 
 _RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, Method("relu"), Method("relu_")}
 _ADDS = {"add", torch.add, Method("add"), Method("add_"), "iadd"}

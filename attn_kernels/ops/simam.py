@@ -1,35 +1,44 @@
 """SimAM: ``y = act(x * sigmoid(d / (4 * (sum_p(d) / n + lambda)) + 0.5) + residual)``, ``d = (x - mean_p(x))^2``.
 
-Yang et al., ICML 2021, equations 5 and 6; n = max(P - 1, 1). N = bytes of x.
+Yang et al., ICML 2021, equations 5 and 6; n = max(P - 1, 1). |x| is the bytes of x.
 
-Forward, 1 launch, 2N (+ N residual). A plane that does not fit a program is read again, backwards, from L2.
-Backward, 1 launch, 3N (+ N dresidual); likewise. With t = x - mean, q = 1 / (4 * (variance + lambda)),
+Forward, 1 launch, 2|x| (+ |x| residual). A plane that does not fit a program is read again, backwards, from L2.
+Backward, 1 launch, 3|x| (+ |x| dresidual); likewise. With t = x - mean, q = 1 / (4 * (variance + lambda)),
 s = sigmoid(q t^2 + 0.5) and u = dy s x (1 - s) q t:
     dx = dy s + 2 (u - 4 q t sum_p(u t) / n - sum_p(u) / P).
-Saved: x, and mean and q of planes that do not fit a program; one bit an element with ReLU.
+Saved: x, and mean and q of planes that do not fit a program; one bit per element with ReLU.
 """
 
 from __future__ import annotations
+
+import functools
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from attn_kernels.ops import _config as config
-from attn_kernels.ops._device import aligned, load_tail_grad, load_tile, number, store_tail, store_tile
-from attn_kernels.ops._launch import number_bits, tile_options, whole_plane_tile
-from attn_kernels.ops._library import (
+from attn_kernels.ops.common import tiling
+from attn_kernels.ops.common.epilogue import (
+    empty_dresidual,
     empty_mask,
-    is_channels_last,
-    like,
+    load_epilogue_grad,
+    optional,
+    store_epilogue,
+    unmask,
+)
+from attn_kernels.ops.common.layout import is_channels_last, like
+from attn_kernels.ops.common.operator import (
     needs_grad,
     reference_gradients,
     register,
     save_tensors,
     saved_tensors,
-    unmask,
 )
+from attn_kernels.ops.common.scalar import number, number_bits
+from attn_kernels.ops.common.tile import aligned, at_pixel, channel_block, channels, load_tile, store_tile
+from attn_kernels.ops.common.tiling import Geometry, Tile, cdiv, geometry, next_power_of_2
 from reference._common import accumulation_dtype
 from reference.simam import simam as formula
 
@@ -84,28 +93,25 @@ def simam_fwd_kernel(
     e_lambda,  # number_bits
     RELU: tl.constexpr,
     WHOLE: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    UNIT: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """y of BLOCK_C planes. Reads x once if the planes fit the tile (WHOLE), else twice."""
-    C, P = aligned(C, P, UNIT, CHANNELS_LAST)
+    BLOCK_C: tl.constexpr = TILE.block_c
+    BLOCK_P: tl.constexpr = TILE.block_p
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    C, P = aligned(C, P, TILE)
     e_lambda = number(e_lambda, ACC)
-    blocks = tl.cdiv(C, BLOCK_C)
-    i_n = (tl.program_id(0) // blocks).to(tl.int64)
-    c = tl.program_id(0) % blocks * BLOCK_C
+    at = channel_block(tl.program_id(0), C, P, TILE)
     if WHOLE:
-        b_x = load_tile(x_ptr, i_n, c, 0, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+        b_x = load_tile(x_ptr, at, TILE)
         _, _, b_t, b_m2 = _moments(b_x, 0, P)
         b_y = _gated(b_x, b_t, _inverse(b_m2, P, e_lambda))
-        store_tail(b_y, y_ptr, residual_ptr, mask_ptr, i_n, c, 0, C, P, RELU, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+        store_epilogue(b_y, y_ptr, residual_ptr, mask_ptr, at, RELU, TILE)
     else:
         b_mean = tl.zeros([BLOCK_C], ACC)
         b_m2 = tl.zeros([BLOCK_C], ACC)
         for p in range(0, P, BLOCK_P):
-            b_tile = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+            b_tile = load_tile(x_ptr, at_pixel(at, p), TILE)
             # With those of the pixels before as in Chan et al., 1983.
             count, b_tile_mean, _, b_tile_m2 = _moments(b_tile, p, P)
             b_delta = b_tile_mean - b_mean
@@ -114,17 +120,14 @@ def simam_fwd_kernel(
             b_m2 += b_tile_m2 + b_delta * (b_delta * (p * count / (p + count)))
         b_q = _inverse(b_m2, P, e_lambda)
         if saved_ptr is not None:
-            o_c = c + tl.arange(0, BLOCK_C)
-            tl.store(saved_ptr + i_n * 2 * C + o_c, b_mean, mask=o_c < C)
-            tl.store(saved_ptr + (i_n * 2 + 1) * C + o_c, b_q, mask=o_c < C)
+            o_c = channels(at, TILE)
+            tl.store(saved_ptr + at.sample * 2 * C + o_c, b_mean, mask=o_c < C)
+            tl.store(saved_ptr + (at.sample * 2 + 1) * C + o_c, b_q, mask=o_c < C)
         for i in range(0, tl.cdiv(P, BLOCK_P)):
             p = (tl.cdiv(P, BLOCK_P) - 1 - i) * BLOCK_P  # backwards: the end of the planes was read last
-            b_tile = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P, "evict_first")
+            b_tile = load_tile(x_ptr, at_pixel(at, p), TILE, "evict_first")
             b_y = _gated(b_tile, b_tile - b_mean[:, None], b_q)
-            store_tail(
-                b_y, y_ptr, residual_ptr, mask_ptr, i_n, c, p, C, P, RELU, CHANNELS_LAST, BLOCK_C, BLOCK_P,
-                "evict_first",
-            )  # fmt: skip
+            store_epilogue(b_y, y_ptr, residual_ptr, mask_ptr, at_pixel(at, p), RELU, TILE, "evict_first")
 
 
 @triton.jit
@@ -157,147 +160,173 @@ def simam_bwd_kernel(
     P,
     e_lambda,  # number_bits
     WHOLE: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    UNIT: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """dx of BLOCK_C planes. Reads dy and x once if the planes fit the tile (WHOLE), else twice; writes dx."""
-    C, P = aligned(C, P, UNIT, CHANNELS_LAST)
+    BLOCK_C: tl.constexpr = TILE.block_c
+    BLOCK_P: tl.constexpr = TILE.block_p
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    C, P = aligned(C, P, TILE)
     e_lambda = number(e_lambda, ACC)
-    blocks = tl.cdiv(C, BLOCK_C)
-    i_n = (tl.program_id(0) // blocks).to(tl.int64)
-    c = tl.program_id(0) % blocks * BLOCK_C
-
+    at = channel_block(tl.program_id(0), C, P, TILE)
     if WHOLE:
-        b_x = load_tile(x_ptr, i_n, c, 0, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-        b_dy = load_tail_grad(dy_ptr, mask_ptr, dresidual_ptr, i_n, c, 0, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+        b_x = load_tile(x_ptr, at, TILE)
+        b_dy = load_epilogue_grad(dy_ptr, mask_ptr, dresidual_ptr, at, TILE)
         _, _, b_t, b_m2 = _moments(b_x, 0, P)
         b_q = _inverse(b_m2, P, e_lambda)
         b_local, b_sum_u, b_sum_ut = _local_grads(b_dy, b_x, b_t, b_q)
-        b_dx = _x_grad(b_t, b_local, b_q, b_sum_u, b_sum_ut, P)
-        store_tile(b_dx, dx_ptr, i_n, c, 0, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+        store_tile(_x_grad(b_t, b_local, b_q, b_sum_u, b_sum_ut, P), dx_ptr, at, TILE)
     else:
-        o_c = c + tl.arange(0, BLOCK_C)
-        b_mean = tl.load(saved_ptr + i_n * 2 * C + o_c, mask=o_c < C, other=0)
-        b_q = tl.load(saved_ptr + (i_n * 2 + 1) * C + o_c, mask=o_c < C, other=0)
+        o_c = channels(at, TILE)
+        b_mean = tl.load(saved_ptr + at.sample * 2 * C + o_c, mask=o_c < C, other=0)
+        b_q = tl.load(saved_ptr + (at.sample * 2 + 1) * C + o_c, mask=o_c < C, other=0)
         b_sum_u = tl.zeros([BLOCK_C], ACC)
         b_sum_ut = tl.zeros([BLOCK_C], ACC)
         for p in range(0, P, BLOCK_P):
-            b_g = load_tail_grad(dy_ptr, mask_ptr, None, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-            b_tile = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+            b_g = load_epilogue_grad(dy_ptr, mask_ptr, None, at_pixel(at, p), TILE)
+            b_tile = load_tile(x_ptr, at_pixel(at, p), TILE)
             _, b_u_tile, b_ut_tile = _local_grads(b_g, b_tile, _deviations(b_tile, b_mean, p, P), b_q)
             b_sum_u += b_u_tile
             b_sum_ut += b_ut_tile
         for i in range(0, tl.cdiv(P, BLOCK_P)):
             p = (tl.cdiv(P, BLOCK_P) - 1 - i) * BLOCK_P  # backwards, as in the forward pass
-            b_g = load_tail_grad(
-                dy_ptr, mask_ptr, dresidual_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P, "evict_first"
-            )  # fmt: skip
-            b_tile = load_tile(x_ptr, i_n, c, p, C, P, ACC, CHANNELS_LAST, BLOCK_C, BLOCK_P, "evict_first")
+            b_g = load_epilogue_grad(dy_ptr, mask_ptr, dresidual_ptr, at_pixel(at, p), TILE, "evict_first")
+            b_tile = load_tile(x_ptr, at_pixel(at, p), TILE, "evict_first")
             b_t = b_tile - b_mean[:, None]
             b_local, _, _ = _local_grads(b_g, b_tile, b_t, b_q)
             b_dx = _x_grad(b_t, b_local, b_q, b_sum_u, b_sum_ut, P)
-            store_tile(b_dx, dx_ptr, i_n, c, p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P, "evict_first")
+            store_tile(b_dx, dx_ptr, at_pixel(at, p), TILE, "evict_first")
 
 
-def _launch_forward(
-    x: Tensor, residual: Tensor | None, e_lambda: float, relu: bool, saved: Tensor | None, mask: Tensor | None
-) -> Tensor:
+def largest_plane(itemsize: int, channels_last: bool) -> int:
+    """Pixels of a plane that a tile holds whole at most, a power of 2."""
+    # 32 elements per thread in 16 warps; channels_last, whose sums cross warps, spills there.
+    largest = (2 if channels_last else 4) * tiling.TILE if itemsize <= 4 else tiling.TILE
+    return largest // _least_channels(itemsize, channels_last)
+
+
+def _least_channels(itemsize: int, channels_last: bool) -> int:
+    return max(tiling.SECTOR // itemsize, tiling.BYTE) if channels_last else 1
+
+
+@functools.lru_cache
+def whole_plane_tile(g: Geometry, backward: bool = False) -> Tile:
+    """Whole planes in a tile (``block_p >= p``) where registers allow, else a tile to walk along them.
+
+    ``backward`` holds dy beside x, in more threads.
+    """
+    least = _least_channels(g.itemsize, g.channels_last)
+    if g.p > largest_plane(g.itemsize, g.channels_last):
+        tile = tiling.plane_tile(g)
+        block_c, block_p = tile.block_c, tile.block_p
+    else:
+        block_p = max(next_power_of_2(g.p), tiling.BYTE)
+        block_c = max(least, min(tiling.TILE // block_p, next_power_of_2(g.c)))
+        while block_c > least and g.n * cdiv(g.c, block_c) < 2 * g.multiprocessors:
+            block_c //= 2
+    thread_bytes = 64
+    if backward:
+        # More than 16 elements per thread take the place of other programs; more than 8 where each has its own address.
+        if tiling.vector_length(g.row, g.itemsize) == 1:
+            block_c, thread_bytes = max(block_c // 2, least), 32
+        elif g.row * g.itemsize % 16 == 0:
+            thread_bytes = min(64, 16 * g.itemsize)
+    tile = Tile.of(g, block_c, block_p, thread_bytes=thread_bytes)
+    return tile if backward else tile._replace(maxnreg=128)
+
+
+class Outputs(NamedTuple):
+    """Of the forward pass: y like x; mean and q (N, 2, C), or empty; the ReLU's bits, or empty."""
+
+    y: Tensor
+    saved: Tensor | None = None
+    mask: Tensor | None = None
+
+
+def _allocate(x: Tensor, residual: Tensor | None, e_lambda: float, relu: bool) -> Outputs:
     n, c, h, w = x.shape
-    tile = whole_plane_tile(x, backward=False)
-    whole = tile.block_p >= h * w
-    y = torch.empty_like(x)
-    simam_fwd_kernel[(n * config.cdiv(c, tile.block_c),)](
-        x,
-        residual,
-        y,
-        mask,
-        None if whole else saved,
-        c,
-        h * w,
-        number_bits(e_lambda, x),
+    whole = h * w <= largest_plane(x.element_size(), is_channels_last(x))
+    saved = torch.empty((n, 2, 0 if whole else c), dtype=accumulation_dtype(x), device=x.device)
+    return Outputs(torch.empty_like(x), saved, empty_mask(x, relu))
+
+
+def _launch(outputs: Outputs, x: Tensor, residual: Tensor | None, e_lambda: float, relu: bool) -> None:
+    n, c, h, w = x.shape
+    tile = whole_plane_tile(geometry(x))
+    simam_fwd_kernel[(n * cdiv(c, tile.block_c),)](
+        x_ptr=x,
+        residual_ptr=residual,
+        y_ptr=outputs.y,
+        mask_ptr=optional(outputs.mask),
+        saved_ptr=optional(outputs.saved),
+        C=c,
+        P=h * w,
+        e_lambda=number_bits(e_lambda, x),
         RELU=relu,
-        WHOLE=whole,
-        **tile_options(x, tile),
-        maxnreg=128,
+        WHOLE=tile.block_p >= h * w,
+        TILE=tile,
+        **tile.options,
     )
-    return y
 
 
-def _inference(x: Tensor, residual: Tensor | None, e_lambda: float, relu: bool) -> Tensor:
-    return _launch_forward(x, residual, e_lambda, relu, None, None)
-
-
-def _inference_fake(x, residual, e_lambda, relu):
+def _allocate_inference(x: Tensor, *_) -> Tensor:
     return torch.empty_like(x)
 
 
-def _forward(x: Tensor, residual: Tensor | None, e_lambda: float, relu: bool) -> tuple[Tensor, Tensor, Tensor]:
-    saved, mask = _empty_saved(x), empty_mask(x, relu)
-    y = _launch_forward(x, residual, e_lambda, relu, saved, mask if relu else None)
-    return y, saved, mask
+def _launch_inference(y: Tensor, *args) -> None:
+    _launch(Outputs(y), *args)
 
 
-def _empty_saved(x: Tensor) -> Tensor:
-    n, c, h, w = x.shape
-    whole = h * w <= config.largest_plane(x.element_size(), is_channels_last(x))
-    return torch.empty((n, 2, 0 if whole else c), dtype=accumulation_dtype(x), device=x.device)
-
-
-def _forward_fake(x, residual, e_lambda, relu):
-    return torch.empty_like(x), _empty_saved(x), empty_mask(x, relu)
-
-
-def _backward(
-    dy: Tensor, x: Tensor, saved: Tensor, mask: Tensor, e_lambda: float, relu: bool, need_dresidual: bool
+def _allocate_backward(
+    dy: Tensor, x: Tensor, saved: Tensor, mask: Tensor, e_lambda: float, need_dresidual: bool
 ) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), empty_dresidual(x, need_dresidual)
+
+
+def _launch_backward(
+    gradients: tuple[Tensor, Tensor],
+    dy: Tensor,
+    x: Tensor,
+    saved: Tensor,
+    mask: Tensor,
+    e_lambda: float,
+    need_dresidual: bool,
+) -> None:
     n, c, h, w = x.shape
-    tile = whole_plane_tile(x, backward=True)
-    dx = torch.empty_like(x)
-    dresidual = torch.empty_like(x) if need_dresidual else None
-    simam_bwd_kernel[(n * config.cdiv(c, tile.block_c),)](
-        like(dy, x),
-        mask if relu else None,
-        x,
-        saved,
-        dx,
-        dresidual,
-        c,
-        h * w,
-        number_bits(e_lambda, x),
+    dx, dresidual = gradients
+    tile = whole_plane_tile(geometry(x), backward=True)
+    simam_bwd_kernel[(n * cdiv(c, tile.block_c),)](
+        dy_ptr=like(dy, x),
+        mask_ptr=optional(mask),
+        x_ptr=x,
+        saved_ptr=saved,
+        dx_ptr=dx,
+        dresidual_ptr=optional(dresidual),
+        C=c,
+        P=h * w,
+        e_lambda=number_bits(e_lambda, x),
         WHOLE=tile.block_p >= h * w,
-        **tile_options(x, tile),
+        TILE=tile,
+        **tile.options,
     )
-    return dx, x.new_empty(0) if dresidual is None else dresidual
 
 
-def _backward_fake(dy, x, saved, mask, e_lambda, relu, need_dresidual):
-    return torch.empty_like(x), torch.empty_like(x) if need_dresidual else x.new_empty(0)
-
-
-inference_op = register(
-    "simam(Tensor x, Tensor? residual, float e_lambda, bool relu) -> Tensor", _inference, _inference_fake
-)
-forward_op = register(
-    "simam_forward(Tensor x, Tensor? residual, float e_lambda, bool relu) -> (Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-)
+_ARGUMENTS = "(Tensor x, Tensor? residual, float e_lambda, bool relu)"
+inference_op = register(f"simam{_ARGUMENTS} -> Tensor", _allocate_inference, _launch_inference)
+forward_op = register(f"simam_forward{_ARGUMENTS} -> (Tensor, Tensor, Tensor)", _allocate, _launch)
 backward_op = register(
-    "simam_backward(Tensor dy, Tensor x, Tensor saved, Tensor mask, float e_lambda, bool relu, bool need_dresidual) "
+    "simam_backward(Tensor dy, Tensor x, Tensor saved, Tensor mask, float e_lambda, bool need_dresidual) "
     "-> (Tensor, Tensor)",
-    _backward,
-    _backward_fake,
+    _allocate_backward,
+    _launch_backward,
 )
 
 
 class _SimAM(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, e_lambda, relu):
-        y, *kept = forward_op(x, residual, e_lambda, relu)
-        save_tensors(ctx, x, *kept)
+        y, *saved = forward_op(x, residual, e_lambda, relu)
+        save_tensors(ctx, x, *saved)
         ctx.e_lambda, ctx.relu = e_lambda, relu
         return y
 
@@ -309,7 +338,7 @@ class _SimAM(torch.autograd.Function):
             dy = unmask(dy, mask, x) if ctx.relu else dy
             (dx,) = reference_gradients(lambda x: formula(x, ctx.e_lambda), (x,), (dy,))
             return dx, dy if need_dresidual else None, None, None
-        dx, dresidual = backward_op(dy, x, statistics, mask, ctx.e_lambda, ctx.relu, ctx.relu and need_dresidual)
+        dx, dresidual = backward_op(dy, x, statistics, mask, ctx.e_lambda, ctx.relu and need_dresidual)
         return dx, (dresidual if ctx.relu else dy) if need_dresidual else None, None, None
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, library, nn
 
+from attn_kernels.ops.common.layout import is_channels_last, is_dense
 from reference._common import without_autocast
 
 try:
@@ -28,93 +29,35 @@ PLAIN = PLAIN_TENSORS | {type(None)}
 _library = library.Library("attn_kernels", "DEF")
 
 
-def register(schema: str, implementation: Callable, fake: Callable) -> Callable:
-    """Define the operator ``attn_kernels::schema``; return it bound. Its first argument is a tensor where it runs."""
+def register(schema: str, allocate: Callable, launch: Callable) -> Callable:
+    """Define the operator ``attn_kernels::schema``; return it bound. Its first argument is a tensor where it runs.
+
+    ``allocate`` is given the arguments and returns the outputs, empty: a tensor or a NamedTuple. It is the operator's
+    fake, too. ``launch`` is given the outputs and the arguments, and fills the outputs.
+    """
     name = schema.partition("(")[0]
     _library.define(schema)
 
+    def run(*args):
+        outputs = allocate(*args)
+        launch(outputs, *args)
+        return outputs
+
     def on_device(x: Tensor, *args):
         if x.device.index == torch.cuda.current_device():
-            return implementation(x, *args)
+            return run(x, *args)
         with torch.cuda.device(x.device):  # Triton launches on the current device
-            return implementation(x, *args)
+            return run(x, *args)
 
     _library.impl(name, on_device, "CUDA")
-    _library.impl(name, implementation, "CPU")  # under the interpreter
-    library.register_fake(f"attn_kernels::{name}", fake, lib=_library)
+    _library.impl(name, run, "CPU")  # under the interpreter
+    library.register_fake(f"attn_kernels::{name}", allocate, lib=_library)
     return getattr(torch.ops.attn_kernels, name).default
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd has to record an operator on these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """Whether the channel has the unit stride: a dense NHWC tensor that is not also a dense NCHW one."""
-    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-
-
-def is_dense(x: Tensor) -> bool:
-    """Whether ``x`` is dense in one of the two layouts."""
-    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
-
-
-def layout(x: Tensor) -> torch.memory_format:
-    """The layout that the kernels run in: ``x``'s own where it is dense in one, else the nearer of the two."""
-    return torch.contiguous_format if x.is_contiguous() or x.stride(1) != 1 else torch.channels_last
-
-
-def dense(x: Tensor) -> Tensor:
-    """``x`` itself where it is dense in one of the two layouts, else a copy in the nearer of the two."""
-    return x if is_dense(x) else x.contiguous(memory_format=layout(x))
-
-
-def in_layout_of(x: Tensor, t: Tensor) -> Tensor:
-    """``t`` in ``x``'s layout; itself where it already is (it may come expanded or transposed)."""
-    return t.contiguous(memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format)
-
-
-def like(t: Tensor, x: Tensor) -> Tensor:
-    """``t`` in ``x``'s dtype and layout; itself where it already is, as gradients are as a rule."""
-    return in_layout_of(x, t.to(x.dtype))
-
-
-def contiguous(*parameters: Tensor | None) -> list[Tensor | None]:
-    """The parameters as the kernels read them; they come so, as a rule."""
-    return [None if p is None else p.contiguous() for p in parameters]
-
-
-def factors(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
-    """The parameters as kernels read them that multiply matrices.
-
-    In float64 where x is: of 16-bit loads Triton cannot make the operands of a float64 product.
-    """
-    if x.dtype == torch.float64:
-        parameters = [None if p is None else p.to(x.dtype) for p in parameters]
-    return contiguous(*parameters)
-
-
-def mask_shape(x: Tensor) -> tuple[int, int]:
-    """Rows along the unit stride and bytes a row: one bit an element, each row padded to whole bytes."""
-    n, c, h, w = x.shape
-    return (n * h * w, (c + 7) // 8) if is_channels_last(x) else (n * c, (h * w + 7) // 8)
-
-
-def empty_mask(x: Tensor, needed: bool) -> Tensor:
-    """The bits that a ReLU leaves for backward; empty where none are needed."""
-    return x.new_empty(mask_shape(x) if needed else (0, 0), dtype=torch.uint8)
-
-
-def unmask(dy: Tensor, mask: Tensor, x: Tensor) -> Tensor:
-    """``dy`` where the mask's bits are set, else 0, also where it is infinite; differentiable."""
-    n, c, h, w = x.shape
-    bits = mask[:, :, None] >> torch.arange(8, device=mask.device, dtype=torch.uint8) & 1
-    if is_channels_last(x):
-        kept = bits.flatten(1)[:, :c].reshape(n, h, w, c).permute(0, 3, 1, 2)
-    else:
-        kept = bits.flatten(1)[:, : h * w].reshape(n, c, h, w)
-    return torch.where(kept.bool(), dy, 0.0)
 
 
 def save_tensors(ctx, x: Tensor, *others: Tensor | None) -> None:

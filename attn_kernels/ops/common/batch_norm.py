@@ -2,11 +2,48 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
-from attn_kernels.ops._library import PLAIN
+from attn_kernels.ops.common.operator import PLAIN
+from attn_kernels.ops.common.tiling import next_power_of_2
 from reference._common import is_plain_layer, is_untouched, uses_batch_statistics
+
+
+class Norm(NamedTuple):
+    """A norm's parameters and buffers, (C,) or None each, but batches, which is () and int64, or None."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    batches: Tensor | None
+
+
+class NormOptions(NamedTuple):
+    """Whether the batch's statistics normalise, whether they update the buffers, momentum, and eps."""
+
+    batch_statistics: bool
+    update: bool
+    momentum: float | None
+    eps: float
+
+
+class NormUse(NamedTuple):
+    """A kernel's constexpr NORM: of the options, those that make another kernel; partial sums that it loads at once."""
+
+    batch_statistics: bool
+    update: bool
+    cumulative: bool
+    block_q: int
+
+
+def norm_use(options: NormOptions, programs: int) -> NormUse:
+    """For a kernel that adds up what so many programs have left."""
+    momentum = options.momentum
+    return NormUse(options.batch_statistics, options.update, momentum is None, next_power_of_2(programs))
 
 
 def _is_batch_norm(norm: object) -> bool:
@@ -54,10 +91,9 @@ def buffers(norm: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None, Tensor 
     return norm.running_mean, norm.running_var, norm.num_batches_tracked
 
 
-def options(norm: nn.BatchNorm2d) -> tuple[bool, bool, float | None, float]:
-    """Whether the batch's statistics normalise, whether they update the buffers, momentum and eps."""
+def options(norm: nn.BatchNorm2d) -> NormOptions:
     update = norm.training and norm.track_running_stats and norm.running_mean is not None
-    return uses_batch_statistics(norm), update, norm.momentum, norm.eps
+    return NormOptions(uses_batch_statistics(norm), update, norm.momentum, norm.eps)
 
 
 def mark_updated(*buffers: Tensor | None) -> None:

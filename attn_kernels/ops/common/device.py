@@ -1,0 +1,55 @@
+"""The GPU that launches are configured for, and the switch that makes each phase of a launch one of its own.
+
+With ``ATTN_KERNELS_SINGLE_LAUNCH=0`` in the environment no program waits for another. The variable is read once, when
+this module is imported.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+
+import torch
+from torch import Tensor
+
+SINGLE_LAUNCH = os.environ.get("ATTN_KERNELS_SINGLE_LAUNCH", "1") != "0"
+
+# Of the GPU that tensors elsewhere stand for; else 0.
+assumed_multiprocessors = 0
+# The thread whose launches on meta and fake tensors are recorded; else 0.
+recorded_thread = 0
+
+
+@functools.lru_cache
+def _multiprocessors(device_index: int | None) -> int:
+    settle_cache_keys()  # here, since every launcher asks for this first, and once per device
+    return torch.cuda.get_device_properties(device_index).multi_processor_count
+
+
+def multiprocessors(x: Tensor) -> int:
+    """Of x's GPU; 1 under the interpreter, which runs programs one after another."""
+    return _multiprocessors(x.device.index) if x.is_cuda else assumed_multiprocessors or 1
+
+
+@functools.cache
+def settle_cache_keys() -> None:
+    """Have Triton hash every function of this package, callees before callers.
+
+    A kernel's place in Triton's cache is a hash of all functions that it calls and of their constants. Before 3.9
+    Triton misses the constants of a callee that it has not hashed yet (triton-lang/triton pull request 10494): the same
+    kernel is then compiled anew in a process that launches kernels in another order.
+    """
+    from triton.runtime.jit import JITFunction
+
+    def settle(function: JITFunction) -> None:
+        for name in function.fn.__code__.co_names:
+            callee = function.fn.__globals__.get(name)
+            if isinstance(callee, JITFunction) and callee.hash is None:
+                settle(callee)
+        _ = function.cache_key
+
+    for module in [m for name, m in sys.modules.items() if name.startswith("attn_kernels.ops.")]:
+        for function in vars(module).values():
+            if isinstance(function, JITFunction) and function.module == module.__name__:
+                settle(function)

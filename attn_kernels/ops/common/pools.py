@@ -1,0 +1,59 @@
+"""Sets of pools of planes: average, maximum, lp norm and logsumexp over the pixels of each channel."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from reference._common import accumulation_dtype
+
+# A set of pools is an integer of these bits; the k-th pool is the k-th bit that is set.
+POOLS = ("avg", "max", "lp", "lse")
+AVERAGE = 1
+
+
+class Pools(NamedTuple):
+    """A set of pools as kernels take it, 1 or 0 for each; how many they are, and how many statistics a part has.
+
+    L = lp + lse of them are saved for backward, which would not have them from x at little cost.
+    """
+
+    avg: int
+    max: int
+    lp: int
+    lse: int
+    K: int
+    Q: int  # logsumexp needs the maximum, too
+
+
+@functools.cache
+def pools_of(bits: int) -> Pools:
+    flags = [bits >> i & 1 for i in range(len(POOLS))]
+    return Pools(*flags, sum(flags), sum(flags) + (flags[3] and not flags[1]))
+
+
+def pool_bits(pool_types: Sequence[str]) -> int:
+    return sum(1 << POOLS.index(pool) for pool in pool_types)
+
+
+def empty_argmax(x: Tensor, pools: int) -> Tensor:
+    """(N, C) pixels, or nothing without "max"."""
+    n, c, h, w = x.shape
+    return torch.empty((n, c) if pools & 2 else 0, dtype=index_dtype(h * w), device=x.device)
+
+
+def index_dtype(count: int) -> torch.dtype:
+    """The smallest dtype of an index below ``count``."""
+    return torch.uint8 if count <= 2**8 else torch.int16 if count <= 2**15 else torch.int32
+
+
+def empty_saved(x: Tensor, hidden: int, pools: int) -> Tensor:
+    """What a channel gate saves for backward, empty: the preactivation (N, K, R), and lp and lse (N, L, C), in one."""
+    n, c, _, _ = x.shape
+    pool_set = pools_of(pools)
+    size = n * (pool_set.K * hidden + (pool_set.lp + pool_set.lse) * c)
+    return torch.empty(size, dtype=accumulation_dtype(x), device=x.device)
