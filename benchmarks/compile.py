@@ -131,6 +131,11 @@ class Case(NamedTuple):
         return f"{self.site.network} {self.site.module} {shape} {self.dtype} {self.layout}"
 
 
+def name_of(module: str, kernel: str) -> str:
+    """The operator and the kernel, as in bam.dx."""
+    return f"{module.removeprefix('attn_kernels.ops.').partition('.')[0]}.{kernel.removesuffix('_kernel')}"
+
+
 @dataclass
 class Variant:
     """A kernel to compile, and which cases launch it."""
@@ -143,7 +148,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        return f"{self.kernel.module.rpartition('.')[2].strip('_')}.{self.kernel.name.removesuffix('_kernel')}"
+        return name_of(self.kernel.module, self.kernel.name)
 
     def __str__(self) -> str:
         return f"{self.name} {self.architecture.name}, {self.cases[0]}"
@@ -153,7 +158,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "example: python -m benchmarks compile --architectures sm_90 --modules SE CBAM --dtypes bf16"
     parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--modules", nargs="+", choices=MODULES, default=MODULES)
-    parser.add_argument("--kernels", nargs="+", metavar="NAME", help="only these, as in channel_bwd.gate_bwd")
+    parser.add_argument("--kernels", nargs="+", metavar="NAME", help="only these, as in channel_gate.gate_bwd")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="fp64: one shape a module")
     parser.add_argument("--maps", nargs="+", metavar="CxHxW", help="only these feature maps, as in 512x28x28")
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, metavar="N", help="default: 1 32")

@@ -38,15 +38,15 @@ class Access(NamedTuple):
 
 
 class Signal(NamedTuple):
-    """A program sets slots, by their addresses."""
+    """A program sets flags, by their addresses."""
 
-    slots: frozenset[int]
+    flags: frozenset[int]
 
 
 class Wait(NamedTuple):
-    """A program goes on when all of these slots are set."""
+    """A program goes on when all of these flags are set."""
 
-    slots: frozenset[int]
+    flags: frozenset[int]
 
 
 Event = Access | Signal | Wait
@@ -104,8 +104,8 @@ def following(heard: Callable[[Event], None]) -> Iterator[None]:
 
 
 @contextmanager
-def without_data(slot: int) -> Iterator[None]:
-    """Interpreted programs touch no memory inside the block: they load zeros, and find ``slot`` in every slot."""
+def without_data(flag: int) -> Iterator[None]:
+    """Interpreted programs touch no memory inside the block: they load zeros, and find ``flag`` in every flag."""
     from triton.runtime import interpreter
 
     builder, handle_of = interpreter.InterpreterBuilder, interpreter.TensorHandle
@@ -117,13 +117,13 @@ def without_data(slot: int) -> Iterator[None]:
     def store_nothing(*args, **kwargs):
         pass
 
-    def find_slot(self, operation, pointers, value, *args, **kwargs):
-        return handle_of(np.full(pointers.data.shape, slot, value.data.dtype), value.dtype.scalar)
+    def find_flag(self, operation, pointers, value, *args, **kwargs):
+        return handle_of(np.full(pointers.data.shape, flag, value.data.dtype), value.dtype.scalar)
 
     with (
         patch.object(builder, "create_masked_load", load_nothing),
         patch.object(builder, "create_masked_store", store_nothing),
-        patch.object(builder, "create_atomic_rmw", find_slot),
+        patch.object(builder, "create_atomic_rmw", find_flag),
     ):
         yield
 
@@ -146,7 +146,7 @@ def in_turns(programs: Sequence[Sequence[Event]], resident: int) -> Iterator[Acc
         if event is None:
             stuck = 0
             continue
-        if isinstance(event, Wait) and not event.slots <= are_set:
+        if isinstance(event, Wait) and not event.flags <= are_set:
             running.append((program, event))
             stuck += 1
             if stuck > len(running):
@@ -155,6 +155,6 @@ def in_turns(programs: Sequence[Sequence[Event]], resident: int) -> Iterator[Acc
         stuck = 0
         running.append((program, None))
         if isinstance(event, Signal):
-            are_set |= event.slots
+            are_set |= event.flags
         elif isinstance(event, Access):
             yield event

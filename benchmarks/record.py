@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from benchmarks.cache import SECTOR_BITS
-from benchmarks.machine_code import ops
 from benchmarks.meter import AtenMeter, Launch, Traffic
 from benchmarks.programs import Access, Event, Signal, following, without_data
 from benchmarks.sass import Line
@@ -33,7 +33,7 @@ from benchmarks.sass import Line
 # The interpreter is imported inside functions: Triton has to be imported after TRITON_INTERPRET is set.
 
 
-# Phases of a launch of work items: those that groups of samples go through; the hidden layer of the last group, which
+# Phases of a launch of tasks: those that groups of samples go through; the hidden layer of the last group, which
 # may do more; the weights' gradients.
 FIRST, HIDDEN, GATES, SECOND, LAST_HIDDEN, WEIGHTS = range(6)
 
@@ -47,7 +47,7 @@ class Step(NamedTuple):
     tile_bytes: int = 0  # of all lanes
     shifts: tuple[int, int, int] = (0, 0, 0)  # bytes further on, for each group, block and part
     sectors: NDArray[np.int64] | None = None  # of a tensor that has pixels; others are taken to be in L2
-    slots: tuple[int, ...] = ()
+    flags: tuple[int, ...] = ()
     evict_first: bool = False
 
 
@@ -62,7 +62,7 @@ class Place(NamedTuple):
 
 Program = tuple[Step, ...]
 FEW = 40  # programs that are all run
-KERNELS = Path(find_spec("attn_kernels").origin).parent / "ops"  # which is not imported yet
+KERNELS = str(Path(find_spec("attn_kernels").origin).parent / "ops" / "")  # which is not imported yet
 
 
 @dataclass
@@ -110,10 +110,7 @@ class _Memory:
         self._pixels = prod((shape[0], *shape[2:]))
         self._real: dict[int, tuple[Tensor, torch.UntypedStorage]] = {}
 
-    def real(self, value: object) -> object:
-        """The argument itself if it is no tensor."""
-        if not isinstance(value, Tensor):
-            return value
+    def real(self, value: Tensor) -> Tensor:
         storage = value.untyped_storage()
         if storage._cdata not in self._real:
             # Kept together, so that no other storage gets the same name.
@@ -131,20 +128,20 @@ class _Recorder:
 
     def __init__(self, executor, call: Callable, memory: _Memory, arguments: dict[str, object]):
         self._executor, self._call = executor, call
-        self._arguments = {name: memory.real(value) for name, value in arguments.items()}
-        tensors = [t for t in self._arguments.values() if isinstance(t, Tensor) and t.numel()]
+        self._arguments = tree_map_only(Tensor, memory.real, arguments)
+        tensors = [t for t in tree_leaves(self._arguments) if isinstance(t, Tensor) and t.numel()]
         self._ranges = sorted((t.data_ptr(), memory.has_pixels(t)) for t in tensors)
         self._starts = [start for start, _ in self._ranges]
         grid = executor.grid(arguments) if callable(executor.grid) else executor.grid
         self._grid = (*grid, 1, 1)[:3]
         self._count = prod(grid)
         self._seen: dict[int, list[tuple[Event, tuple[Line, ...]]]] = {}
-        self._work: tuple[int, ...] | None = None  # the arguments of work_item behind the program's number
+        self._work: tuple[int, ...] | None = None  # the arguments of ordered_task behind the program's number
 
     def record(self, samples: int) -> Recorded:
         self._run([0])
         if self._work is not None:
-            return self._record_items(*self._work)
+            return self._record_tasks(*self._work)
         # Programs of a sample; or of a block of channels, and of a part of all samples.
         blocks, parts, _ = self._grid
         if parts == 1 and blocks % samples == 0:
@@ -155,15 +152,15 @@ class _Recorder:
         places = [Place(FIRST, 0, pid % blocks, pid // blocks) for pid in range(self._count)]
         return self._record_places(0, places, {FIRST: (blocks, parts)})
 
-    def _record_items(self, groups: int, lead: int, first: int, second: int, ahead: int) -> Recorded:
-        """Of a launch whose programs do work items of groups of samples."""
+    def _record_tasks(self, groups: int, lookahead: int, first: int, second: int, ahead: int) -> Recorded:
+        """Of a launch whose programs do tasks of groups of samples."""
         from triton.runtime.interpreter import GridExecutor
 
         from benchmarks.work_order import work_order
 
-        items = min(groups * (first + second), self._count)
+        tasks = min(groups * (first + second), self._count)
         with patch.object(GridExecutor, "__call__", self._call):
-            order = work_order(items, groups, lead, first, second, ahead)
+            order = work_order(tasks, groups, lookahead, first, second, ahead)
         parts = int(self._arguments["S"])
         blocks = first // parts
         hidden = ahead - blocks if second == ahead else ahead  # a launch that ends with the gates
@@ -176,19 +173,19 @@ class _Recorder:
             WEIGHTS: (1, 1),
         }
         places = []
-        for is_second, group, item in order.T.tolist():
+        for is_second, group, task in order.T.tolist():
             if not is_second:
-                places.append(Place(FIRST, group, *divmod(item, parts)))
-            elif item >= ahead:
-                places.append(Place(SECOND, group, *divmod(item - ahead, parts)))
-            elif item >= hidden:
-                places.append(Place(GATES, group, 0, item - hidden))
-            elif (group, item) == (groups - 1, hidden - 1):
+                places.append(Place(FIRST, group, *divmod(task, parts)))
+            elif task >= ahead:
+                places.append(Place(SECOND, group, *divmod(task - ahead, parts)))
+            elif task >= hidden:
+                places.append(Place(GATES, group, 0, task - hidden))
+            elif (group, task) == (groups - 1, hidden - 1):
                 places.append(Place(LAST_HIDDEN, 0))
             else:
-                places.append(Place(HIDDEN, group, 0, item))
+                places.append(Place(HIDDEN, group, 0, task))
         # All alike, and they touch nothing that has pixels.
-        places += [Place(WEIGHTS, 0)] * (self._count - items)
+        places += [Place(WEIGHTS, 0)] * (self._count - tasks)
         return self._record_places(groups, places, sizes)
 
     def _record_places(self, groups: int, places: list[Place], sizes: dict[int, tuple[int, int]]) -> Recorded:
@@ -221,6 +218,8 @@ class _Recorder:
         """Run those of these programs that have not been run."""
         from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
+        from attn_kernels.ops.common import grid_sync
+
         pids = [pid for pid in pids if pid not in self._seen]
         if not pids:
             return
@@ -241,17 +240,15 @@ class _Recorder:
             stack.enter_context(patch.object(InterpreterBuilder, "set_grid_dim", tell_dimension))
             stack.enter_context(patch.object(GridExecutor, "_restore_args_dev", lambda *_: None))
             stack.enter_context(np.errstate(all="ignore"))
-            stack.enter_context(without_data(self._arguments.get("stamp", 0)))
+            stack.enter_context(without_data(self._arguments.get("epoch", 0)))
             stack.enter_context(following(lambda event: events.append((event, self._source()))))
-            for module in ops():
-                if hasattr(module, "work_item"):
-                    stack.enter_context(patch.object(module, "work_item", self._told(module.work_item)))
+            stack.enter_context(patch.object(grid_sync, "ordered_task", self._told(grid_sync.ordered_task)))
             self._call(executor, **self._arguments)
 
-    def _told(self, work_item: Callable) -> Callable:
+    def _told(self, ordered_task: Callable) -> Callable:
         def told(pid, *args):
             self._work = tuple(int(a.handle.data.item()) if hasattr(a, "handle") else int(a) for a in args)
-            return work_item(pid, *args)
+            return ordered_task(pid, *args)
 
         return told
 
@@ -259,8 +256,8 @@ class _Recorder:
         """The lines that are being interpreted."""
         lines, frame = [], sys._getframe(1)
         while frame.f_code is not self._call.__code__:
-            if Path(frame.f_code.co_filename).parent == KERNELS:
-                lines.append(Line(Path(frame.f_code.co_filename).name, frame.f_lineno))
+            if frame.f_code.co_filename.startswith(KERNELS):
+                lines.append(Line.of(frame.f_code.co_filename, frame.f_lineno))
             frame = frame.f_back
         return tuple(lines)
 
@@ -279,7 +276,7 @@ class _Recorder:
         shifts = tuple(_first(other) - begin if _first(other) and type(other) is type(event) else 0 for other in others)
         if not isinstance(event, Access):
             kind = "signal" if isinstance(event, Signal) else "wait"
-            return Step(kind, source, shifts=shifts, slots=tuple(sorted(event.slots)))
+            return Step(kind, source, shifts=shifts, flags=tuple(sorted(event.flags)))
         has_pixels = begin and self._ranges[bisect_right(self._starts, begin) - 1][1]
         sectors = np.unique(event.addresses.astype(np.int64) >> SECTOR_BITS) if has_pixels else None
         sizes = event.addresses.size * event.size, event.lanes * event.size
@@ -296,4 +293,4 @@ def _first(event: Event) -> int:
     """Its first address, 0 where every lane is masked."""
     if isinstance(event, Access):
         return int(event.addresses.flat[0]) if event.addresses.size else 0
-    return min(event.slots, default=0)
+    return min(event.flags, default=0)

@@ -40,10 +40,14 @@ class Sass(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A line of source."""
+    """A line of source, whose file is named with its folder."""
 
     file: str
     number: int
+
+    @classmethod
+    def of(cls, path: str, number: int) -> Line:
+        return cls("/".join(path.rsplit("/", 2)[-2:]), number)
 
 
 @dataclass(frozen=True)
@@ -151,7 +155,7 @@ def _parse(sass: str) -> Iterator[_Instruction | str]:
         if label := re.match(r"(\.L_\w+):", text):
             yield label[1]
         elif source := _LINE.match(text):
-            line = Line(source[1].rpartition("/")[2], int(source[2]))
+            line = Line.of(source[1], int(source[2]))
         elif (instruction := _INSTRUCTION.match(text)) and instruction[1] != "NOP":
             yield _Instruction(instruction[1], instruction[2], line)
 

@@ -79,7 +79,7 @@ class Simulator:
         self._pipes: list[defaultdict[str, float]] = [defaultdict(float) for _ in range(count)]
         self._queue: list[tuple[float, int, int, Iterator[float]]] = []
         self._number = 0
-        self._set: dict[int, float] = {}  # when slots were set
+        self._set: dict[int, float] = {}  # when flags were set
         self._waiting: dict[int, list[_Waiting]] = {}
 
     @property
@@ -145,23 +145,23 @@ class Simulator:
         heapq.heappush(self._queue, (at, self._number, multiprocessor, program))
 
     def _wait(self, waiting: _Waiting) -> None:
-        """Let a program go on when its slots are set and that has reached it."""
-        waiting.missing = {slot for slot in waiting.slots if slot not in self._set}
-        for slot in waiting.missing:
-            self._waiting.setdefault(slot, []).append(waiting)
+        """Let a program go on when its flags are set and that has reached it."""
+        waiting.missing = {flag for flag in waiting.flags if flag not in self._set}
+        for flag in waiting.missing:
+            self._waiting.setdefault(flag, []).append(waiting)
         if not waiting.missing:
             self._go_on(waiting)
 
     def _go_on(self, waiting: _Waiting) -> None:
-        last = max((self._set[slot] for slot in waiting.slots), default=0.0)
+        last = max((self._set[flag] for flag in waiting.flags), default=0.0)
         at = max(self.now + self.machine.l2_latency, last + self.machine.hop)
         self._waited += at - waiting.since
         self._push(at, waiting.multiprocessor, waiting.program)
 
-    def _signal(self, slot: int) -> None:
-        self._set[slot] = self.now
-        for waiting in self._waiting.pop(slot, ()):
-            waiting.missing.discard(slot)
+    def _signal(self, flag: int) -> None:
+        self._set[flag] = self.now
+        for waiting in self._waiting.pop(flag, ()):
+            waiting.missing.discard(flag)
             if not waiting.missing:
                 self._go_on(waiting)
 
@@ -209,11 +209,11 @@ class Simulator:
             if step.kind in ("wait", "signal"):
                 shift = _shift(step, place)
                 if step.kind == "wait":
-                    yield _Waiting([slot + shift for slot in step.slots])
+                    yield _Waiting([flag + shift for flag in step.flags])
                 else:
                     yield self.now + self.machine.signal
-                    for slot in step.slots:
-                        self._signal(slot + shift)
+                    for flag in step.flags:
+                        self._signal(flag + shift)
                 continue
             if kernel.polls(step):
                 continue
@@ -266,10 +266,10 @@ class Simulator:
 
 
 class _Waiting:
-    """A program that waits for slots."""
+    """A program that waits for flags."""
 
-    def __init__(self, slots: Sequence[int]):
-        self.slots = slots
+    def __init__(self, flags: Sequence[int]):
+        self.flags = flags
         self.missing: set[int] = set()
         self.multiprocessor, self.since, self.program = 0, 0.0, iter(())
 
@@ -285,7 +285,7 @@ class _Kernel:
 
     def polls(self, step: Step) -> bool:
         """Whether the load belongs to a wait, whose time is that of the hop."""
-        return step.source[0].file == "_phases.py"
+        return step.source[0].file == "common/grid_sync.py"
 
     def stretch(self, step: Step) -> Stretch | None:
         """The code that a step belongs to: its line is there, and those of the calling functions are nearest."""

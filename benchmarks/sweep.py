@@ -96,11 +96,15 @@ def changes(launch: Launched) -> Iterator[Change]:
         "maxnreg": (registers for registers in REGISTERS if registers * 32 * warps <= 65536),
     }
     present = {"num_warps": warps, "maxnreg": limit}
-    if "STAGES" in arguments and arguments["STAGES"] > 1:  # 1 is a loop of one turn
-        present["STAGES"], values["STAGES"] = arguments["STAGES"], STAGES
-    if "lead" in arguments:
-        lead, most = arguments["lead"], arguments["groups"]
-        present["lead"], values["lead"] = lead, {max(lead // 2, 1), min(2 * lead, most), min(4 * lead, most)}
+    stages = arguments["TILE"].stages if "TILE" in arguments else 1
+    if stages > 1:  # 1 is a loop of one turn
+        present["stages"], values["stages"] = stages, STAGES
+    if "lookahead" in arguments:
+        lookahead, most = arguments["lookahead"], arguments["groups"]
+        present["lookahead"], values["lookahead"] = (
+            lookahead,
+            {max(lookahead // 2, 1), min(2 * lookahead, most), min(4 * lookahead, most)},
+        )
     for option, found in values.items():
         for value in sorted(found):
             if value != present[option] and (option != "num_warps" or 1 <= value <= MOST_WARPS):
@@ -108,20 +112,20 @@ def changes(launch: Launched) -> Iterator[Change]:
 
 
 @contextmanager
-def _in_place_of_launches(launch: Callable[[str, Callable[..., object], list[str], tuple, dict], object]):
-    """Inside the block every launch is ``launch(kernel's name, launcher, names of arguments, args, kwargs)``."""
+def _in_place_of_launches(launch: Callable[[str, Callable[..., object], dict[str, object]], object]):
+    """Inside the block every launch is ``launch(kernel's name, launcher, arguments and options by name)``."""
 
     class Kernel:
         def __init__(self, name: str, kernel):
-            self._name, self._kernel, self.arg_names = name, kernel, kernel.arg_names
+            self._name, self._kernel = name, kernel
 
         def __getitem__(self, grid):
-            return lambda *args, **kwargs: launch(self._name, self._kernel[grid], self.arg_names, args, kwargs)
+            return lambda **arguments: launch(self._name, self._kernel[grid], arguments)
 
     with ExitStack() as stack:
         for module in ops():
             for name, kernel in list(vars(module).items()):
-                if name.endswith("_kernel") and hasattr(kernel, "arg_names"):
+                if name.endswith("_kernel"):
                     stack.enter_context(patch.object(module, name, Kernel(name, kernel)))
         yield
 
@@ -129,18 +133,18 @@ def _in_place_of_launches(launch: Callable[[str, Callable[..., object], list[str
 @contextmanager
 def changed(change: Change | None) -> Iterator[None]:
     """Inside the block the launches of one kernel have another option."""
+    from attn_kernels.ops.common.tiling import Tile
 
-    def launch(name, launcher, names, args, kwargs):
+    def launch(name, launcher, arguments):
         if name == change.kernel:
             value = change.value
-            if change.option == "lead":  # a smaller launch of the same kernel has fewer groups
-                value = min(value, args[names.index("groups")])
-            if change.option in names[: len(args)]:
-                i = names.index(change.option)
-                args = (*args[:i], value, *args[i + 1 :])
-            else:
-                kwargs = {**kwargs, change.option: value}
-        return launcher(*args, **kwargs)
+            if change.option == "lookahead":  # a smaller launch of the same kernel has fewer groups
+                value = min(value, arguments["groups"])
+            if change.option in arguments:
+                arguments = {**arguments, change.option: value}
+            if change.option in Tile._fields and "TILE" in arguments:
+                arguments = {**arguments, "TILE": arguments["TILE"]._replace(**{change.option: value})}
+        return launcher(**arguments)
 
     if change is None:
         yield
@@ -155,8 +159,8 @@ def launches(cell: Cell, multiprocessors: int, change: Change | None = None) -> 
 
     found: dict[str, Launched] = {}
 
-    def launch(name, launcher, names, args, kwargs):
-        found.setdefault(name, Launched(name, {**dict(zip(names, args, strict=False)), **kwargs}))
+    def launch(name, launcher, arguments):
+        found.setdefault(name, Launched(name, arguments))
 
     directions = []
     with _in_place_of_launches(launch), changed(change), launching_without_data(multiprocessors):

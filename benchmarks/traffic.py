@@ -278,7 +278,7 @@ def run(arguments: argparse.Namespace) -> int:
 def measure(case: Case, compiled: bool = True) -> Result:
     """Run one case under the interpreter, eager too and, if ``compiled``, by Inductor's accounting."""
     import attn_kernels  # here, for TRITON_INTERPRET has to be set before
-    from attn_kernels.ops import _launch
+    from attn_kernels.ops.common import device as gpu
 
     device, op = DEVICES[case.device], OPS[case.op]
     dtype, layout = DTYPES[case.dtype], LAYOUTS[case.layout]
@@ -293,7 +293,7 @@ def measure(case: Case, compiled: bool = True) -> Result:
 
     passes, kernels = {}, []
     for provider, module in (("eager", eager), ("fused", fused)):
-        with patch.object(_launch, "assumed_multiprocessors", multiprocessors):
+        with patch.object(gpu, "assumed_multiprocessors", multiprocessors):
             seen = passes_of(module, count=lambda: meter(Cache(capacity), multiprocessors))
         passes[provider] = [
             Pass(t.launches, *(size / x.nbytes for size in (t.touched, t.cache.distinct, t.dram))) for t in seen

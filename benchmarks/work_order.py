@@ -1,4 +1,4 @@
-"""The work items of a launch in the order of its programs, by the kernels' own function; needs the interpreter."""
+"""The tasks of a launch in the order of its programs, by the kernels' own function; needs the interpreter."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import triton
 import triton.language as tl
 from numpy.typing import NDArray
 
-from attn_kernels.ops._phases import work_item
+from attn_kernels.ops.common.grid_sync import ordered_task
 
 
 @triton.jit
-def _order_kernel(out_ptr, groups, lead, FIRST, SECOND, AHEAD, count, BLOCK: tl.constexpr):
+def _order_kernel(out_ptr, groups, lookahead, FIRST, SECOND, AHEAD, count, BLOCK: tl.constexpr):
     pid = tl.arange(0, BLOCK)
-    second, group, item = work_item(pid, groups, lead, FIRST, SECOND, AHEAD)
+    second, group, task = ordered_task(pid, groups, lookahead, FIRST, SECOND, AHEAD)
     tl.store(out_ptr + pid, second.to(tl.int32), mask=pid < count)
     tl.store(out_ptr + count + pid, group, mask=pid < count)
-    tl.store(out_ptr + 2 * count + pid, item, mask=pid < count)
+    tl.store(out_ptr + 2 * count + pid, task, mask=pid < count)
 
 
-def work_order(count: int, groups: int, lead: int, first: int, second: int, ahead: int) -> NDArray:
-    """(3, count): for each program whether its item is one of the second phase, its group, and its number there."""
+def work_order(count: int, groups: int, lookahead: int, first: int, second: int, ahead: int) -> NDArray:
+    """(3, count): for each program whether its task is one of the second phase, its group, and its number there."""
     out = torch.zeros(3, count, dtype=torch.int32)
-    _order_kernel[(1,)](out, groups, lead, first, second, ahead, count, BLOCK=triton.next_power_of_2(count))
+    _order_kernel[(1,)](out, groups, lookahead, first, second, ahead, count, BLOCK=triton.next_power_of_2(count))
     return out.numpy()

@@ -39,7 +39,7 @@ def _seed() -> None:
 @pytest.fixture
 def single_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of single launches themselves: on, also where all others run with ATTN_KERNELS_SINGLE_LAUNCH=0."""
-    from attn_kernels.ops import _launch  # here, for Triton may be missing where it is not asked for
+    from attn_kernels.ops.common import device as gpu  # here, for Triton may be missing where it is not asked for
 
     monkeypatch.delenv("ATTN_KERNELS_SINGLE_LAUNCH", raising=False)
-    monkeypatch.setattr(_launch, "SINGLE_LAUNCH", True)
+    monkeypatch.setattr(gpu, "SINGLE_LAUNCH", True)

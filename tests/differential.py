@@ -26,7 +26,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from attn_kernels.ops import _config, _conv, _launch
+from attn_kernels.ops import simam
+from attn_kernels.ops.bam import batch_norm_relu
+from attn_kernels.ops.cbam import convolution, forward
+from attn_kernels.ops.channel_gate import plan
+from attn_kernels.ops.common import device as gpu
+from attn_kernels.ops.common import tiling
 from benchmarks.accuracy import compare
 from benchmarks.interpreter import round_to_nearest, skip_repeated_work
 from reference.se import ACTIVATIONS, GATES
@@ -35,7 +40,15 @@ from tests.harness import ALL_POOLS, DTYPES, LAYOUTS, ChannelAttention, pair
 STRIDES = (*LAYOUTS, "sliced", "expanded", "transposed")
 ELEMENTS = 2**12
 SLACK = 4  # of what the accuracy rule allows: a single draw may exceed it by luck of eager's rounding
-CACHED = "plane_tile", "pixel_tile", "whole_plane_tile", "channel_plan", "norm_tile", "pools_tile"
+CACHED = (
+    tiling.plane_tile,
+    tiling.pixel_tile,
+    simam.whole_plane_tile,
+    plan.channel_plan,
+    batch_norm_relu.norm_tile,
+    forward.pools_tile,
+    forward.scale_tile,
+)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -116,7 +129,7 @@ def draw(seed: int) -> Case:
         r.random() < 0.3,
         planted if is_planted else None,
         {
-            "TILE": r.choice((_config.TILE, _config.TILE, 512)),
+            "TILE": r.choice((tiling.TILE, tiling.TILE, 512)),
             "multiprocessors": r.choice((1, 5, 132)),
             "single": r.random() < 0.7,
             "norm": r.choice((0, 0, 1, 2, 3, 4)),
@@ -281,13 +294,12 @@ def under(case: Case, call: Callable[[], str | None]) -> str | None:
     """The call with the case's launch configuration."""
     launch = case.launch
     with contextlib.ExitStack() as stack:
-        stack.enter_context(patch.object(_config, "TILE", launch["TILE"]))
-        stack.enter_context(patch.object(_conv, "PROGRAMS", 3 if launch["TILE"] == 512 else _conv.PROGRAMS))
-        stack.enter_context(patch.object(_launch, "multiprocessors", lambda x: launch["multiprocessors"]))
-        stack.enter_context(patch.object(_launch, "SINGLE_LAUNCH", launch["single"]))
+        stack.enter_context(patch.object(tiling, "TILE", launch["TILE"]))
+        stack.enter_context(patch.object(convolution, "PROGRAMS", 3 if launch["TILE"] == 512 else convolution.PROGRAMS))
+        stack.enter_context(patch.object(gpu, "multiprocessors", lambda x: launch["multiprocessors"]))
+        stack.enter_context(patch.object(gpu, "SINGLE_LAUNCH", launch["single"]))
         stack.enter_context(patch.dict(GATES, hardsigmoid=relu6_of_scalars))
-        for name in CACHED:
-            function = getattr(_config, name)
+        for function in CACHED:
             function.cache_clear()
             stack.callback(function.cache_clear)
         return call()

@@ -11,8 +11,16 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import attn_kernels
 import reference
-from attn_kernels.ops import _config, _launch
-from attn_kernels.ops.batch_norm_relu import backward_op, batch_norm_relu, can_add, forward_op, is_fusable
+from attn_kernels.ops.bam.batch_norm_relu import (
+    backward_op,
+    batch_norm_relu,
+    can_add,
+    forward_op,
+    is_fusable,
+    norm_tile,
+)
+from attn_kernels.ops.common import device as gpu
+from attn_kernels.ops.common import tiling
 from reference.bam import spatial_layer
 from tests.fuse.cases import timm
 from tests.harness import DTYPES, LAYOUTS, assert_close, pair, run
@@ -31,11 +39,11 @@ NORMS = {
 @pytest.fixture(params=[1, 5], ids=["one multiprocessor", "five"])
 def programs(request, monkeypatch):
     """Few programs, or more than one that walks along several tiles and merges what many leave."""
-    monkeypatch.setattr(_launch, "multiprocessors", lambda x: request.param)
-    monkeypatch.setattr(_config, "TILE", 128)
-    _config.norm_tile.cache_clear()
+    monkeypatch.setattr(gpu, "multiprocessors", lambda x: request.param)
+    monkeypatch.setattr(tiling, "TILE", 128)
+    norm_tile.cache_clear()
     yield
-    _config.norm_tile.cache_clear()
+    norm_tile.cache_clear()
 
 
 def _norm(channels, device, **options):

@@ -14,14 +14,16 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
 
 import attn_kernels
 from attn_kernels._recording import launching_without_data
 from attn_kernels.functional import is_fused
-from attn_kernels.ops import _launch, batch_norm_relu
-from attn_kernels.ops._device import tile_offsets
-from attn_kernels.ops._phases import PARTS, REST
+from attn_kernels.ops.bam import batch_norm_relu
+from attn_kernels.ops.common.grid_sync import PARTS, REST
+from attn_kernels.ops.common.tile import Place, tile_offsets
+from attn_kernels.ops.common.tiling import Tile
 from benchmarks.compile import (
     BATCHES,
     DTYPES,
@@ -33,6 +35,7 @@ from benchmarks.compile import (
     Variant,
     cases,
     describe,
+    name_of,
     named,
 )
 from benchmarks.machine_code import (
@@ -175,7 +178,7 @@ def test_mixed_dtypes_compile():
 
 def defined_kernels() -> set[str]:
     return {
-        f"{module.__name__.rpartition('.')[2].strip('_')}.{name.removesuffix('_kernel')}"
+        name_of(module.__name__, name)
         for module in ops()
         for name, value in vars(module).items()
         if name.endswith("_kernel") and value.fn.__module__ == module.__name__
@@ -184,11 +187,12 @@ def defined_kernels() -> set[str]:
 
 def launch(**changes) -> tuple[Variant, MachineCode]:
     """A kernel that reads and writes x in fp16, whose rows are whole vectors, and nothing wrong with its code."""
-    signature = (("x_ptr", "*fp16"), ("gate_ptr", "*fp32"), ("C", "i32"), ("BLOCK_C", "constexpr"))
-    kernel = Kernel("attn_kernels.ops.simam", "simam_fwd_kernel", signature, (((3,), 64),), (), ())
+    signature = (("x_ptr", "*fp16"), ("gate_ptr", "*fp32"), ("C", "i32"), ("TILE", "constexpr"))
+    tile = Tile(False, 8, 64, 64, 4)
+    kernel = Kernel("attn_kernels.ops.simam", "simam_fwd_kernel", signature, (((3,), tile),), (), ())
     case = Case(Site("resnet50", "SimAM", (256, 56, 56)), 32, "contiguous", "fp16")
-    variant = Variant(kernel, ARCHITECTURES["sm_90"], frozenset({0}), True, [case])
-    accesses = Access("load", 0, 128), Access("store", 0, 128), Access("load", 1, 32)
+    variant = Variant(kernel, ARCHITECTURES["sm_90"], frozenset({(0,)}), True, [case])
+    accesses = Access("load", (0,), 128), Access("store", (0,), 128), Access("load", (1,), 32)
     sass = Sass(Counter({("load", 128): 1, ("store", 128): 1, ("load", 32): 1}), local=0, fp64=0)
     code = MachineCode(64, 0, 0, 1024, 8, 0, accesses, sass)
     return variant, replace(code, **changes)
@@ -253,10 +257,10 @@ $L__BB0_2:
     ld.global.u16 \t%rs1, [%rd5+2];
     """
     assert list(parse_ptx(ptx)) == [
-        Access("load", 0, 128),
-        Access("store", 2, 64),
-        Access("load", 2, 128),
-        Access("load", 0, 16),
+        ("load", 0, 128),
+        ("store", 2, 64),
+        ("load", 2, 128),
+        ("load", 0, 16),
     ]
     with pytest.raises(ValueError, match="unknown origin"):
         list(parse_ptx("ld.global.b32 { %r1 }, [ %rd1 + 0 ];"))
@@ -307,7 +311,7 @@ class TestAddresses:
         """Launches on a full-size tensor: the kernel, and the least and the greatest address that it touches."""
         found: list[tuple[str, int, int]] = []
         spans: list[tuple[int, int]] = []
-        stamp = [0]
+        epoch = [0]
         builder = interpreter.InterpreterBuilder
         set_grid_dim, set_grid_idx = builder.set_grid_dim, builder.set_grid_idx
 
@@ -324,26 +328,27 @@ class TestAddresses:
             return interpreter.TensorHandle(np.zeros(pointers.data.shape, interpreter._get_np_dtype(kind)), kind)
 
         def atomic(self, operation, pointers, value, mask, sem, scope):
-            return interpreter.TensorHandle(np.full(pointers.data.shape, stamp[0]), value.dtype)  # every slot is set
+            return interpreter.TensorHandle(np.full(pointers.data.shape, epoch[0]), value.dtype)  # every flag is set
 
         def launch(kernel, *args, grid, warmup, **kwargs):
             arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-            if not any(isinstance(a, torch.Tensor) and a.numel() == math.prod(self.SHAPE) for a in arguments.values()):
+            tensors = [a for a in tree_leaves(arguments) if isinstance(a, torch.Tensor)]
+            if not any(t.numel() == math.prod(self.SHAPE) for t in tensors):
                 return
             full_grid = (*grid, 1, 1)[:3]
             # The first and the last program along each axis: a walk may begin at either end.
             programs = [*itertools.product(*({0, n - 1} for n in full_grid))]
-            stamp[0] = arguments.get("stamp")
-            plain = not arguments.get("SINGLE", True)
-            if plain and arguments["phase"] not in (PARTS.value, REST.value):
+            epoch[0] = arguments.get("epoch")
+            plain = "WORK" in arguments and not arguments["WORK"].single
+            if plain and epoch[0] not in (PARTS.value, REST.value):
                 return  # the others do not walk along x
-            if "lead" in arguments and arguments["slots"] is not None and not plain:
-                # The last items of the second phase, and of the first; the weights behind all groups touch none of x.
-                first = -(-arguments["C"] // arguments["BLOCK_C"]) * arguments["S"]
+            if "lookahead" in arguments and not plain:
+                # The last tasks of the second phase, and of the first; the weights behind all groups touch none of x.
+                first = -(-arguments["extent"].C // arguments["TILE"].block_c) * arguments["S"]
                 second = grid[0] // arguments["groups"] - first
-                items = arguments["groups"] * (first + second)
-                end = items - arguments["lead"] * second
-                programs = [(i, 0, 0) for i in (*range(end - second, end), *range(items - second, items))]
+                tasks = arguments["groups"] * (first + second)
+                end = tasks - arguments["lookahead"] * second
+                programs = [(i, 0, 0) for i in (*range(end - second, end), *range(tasks - second, tasks))]
             monkeypatch.setattr(builder, "set_grid_dim", lambda b, *_: set_grid_dim(b, *full_grid))
             spans.clear()
             for program in programs:
@@ -367,7 +372,8 @@ class TestAddresses:
             name, options = "BAM", (("reduction_ratio", 1),)
 
             # Few tiles a program, the last one's last.
-            monkeypatch.setattr(batch_norm_relu, "norm_tile", lambda c, whole: (_launch.norm_tile(c, whole)[0], len(c)))
+            choose = batch_norm_relu.norm_tile
+            monkeypatch.setattr(batch_norm_relu, "norm_tile", lambda g, whole: (choose(g, whole)[0], g.n))
         with torch.device("meta"):
             module = Site("", name, self.SHAPE[1:], options=options).build(attn_kernels)
             x = torch.empty(self.SHAPE, dtype=torch.float16).to(memory_format=LAYOUTS[layout]).requires_grad_()
@@ -384,8 +390,8 @@ class TestAddresses:
 
 
 @triton.jit
-def _offsets_kernel(offsets_ptr, c, p, C, P, CHANNELS_LAST: tl.constexpr):
-    offsets = tile_offsets(c + tl.arange(0, 2), p + tl.arange(0, 2), C, P, CHANNELS_LAST)
+def _offsets_kernel(offsets_ptr, c, p, C, P, TILE: tl.constexpr):
+    offsets, _ = tile_offsets(Place(tl.program_id(0).to(tl.int64), c, p, C, P), TILE)
     tl.store(offsets_ptr + tl.arange(0, 2)[:, None] * 2 + tl.arange(0, 2)[None, :], offsets)
 
 
@@ -402,7 +408,7 @@ def test_offsets_within_the_largest_sample(channels_last, device):
         (2**16 - 1, largest[1] - 1),
     ):  # the last element, and a tile's padding
         offsets = torch.zeros(2, 2, dtype=torch.int64, device=device)
-        _offsets_kernel[(1,)](offsets, c - 1, p - 1, *largest, channels_last)
+        _offsets_kernel[(1,)](offsets, c - 1, p - 1, *largest, Tile(channels_last, 1, 2, 2, 1))
         strides = (1, largest[0]) if channels_last else (largest[1], 1)
         expected = [[i * strides[0] + j * strides[1] for j in (p - 1, p)] for i in (c - 1, c)]
         assert offsets.tolist() == expected

@@ -12,7 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 import attn_kernels
 import reference
-from attn_kernels.ops import _config, _conv, _launch
+from attn_kernels.ops import simam
+from attn_kernels.ops.cbam import convolution
+from attn_kernels.ops.channel_gate import plan
+from attn_kernels.ops.common import scalar, tiling
 from reference.se import ACTIVATIONS, GATES
 from tests.harness import ALL_POOLS, DTYPES, LAYOUTS, MODULES, check
 
@@ -67,11 +70,11 @@ def test_one_pixel(module, layout, dtype, device):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("module", MODULES)
 def test_planes_and_channels_larger_than_a_tile(module, layout, device, monkeypatch):
-    configurations = _config.plane_tile, _config.pixel_tile, _config.whole_plane_tile, _config.channel_plan
+    configurations = tiling.plane_tile, tiling.pixel_tile, simam.whole_plane_tile, plan.channel_plan
     for configuration in configurations:
         configuration.cache_clear()
-    monkeypatch.setattr(_config, "TILE", 512)
-    monkeypatch.setattr(_conv, "PROGRAMS", 3)
+    monkeypatch.setattr(tiling, "TILE", 512)
+    monkeypatch.setattr(convolution, "PROGRAMS", 3)
     # BatchNorm over 2 samples, in BAM, leaves little but signs.
     shape = (2, 5, 45, 47) if module == "simam" else (3 if module == "bam" else 2, 19, 17, 31)
     build = lambda kit: MODULES[module](kit, shape[1])  # noqa: E731
@@ -189,7 +192,7 @@ def test_any_shape(module, n, c, h, w, layout, tail, device):
 @pytest.mark.parametrize("value", [1e-4, 0.1, 0.0, 1e-50, 1e300, -0.1, 1])
 def test_numbers_are_exact_arguments(value, dtype):
     """As bits, since a float argument is a float32; the interpreter does not round it."""
-    bits = _launch.number_bits(value, torch.empty(0, dtype=dtype))
+    bits = scalar.number_bits(value, torch.empty(0, dtype=dtype))
     integer = torch.int64 if dtype == torch.float64 else torch.int32
     assert torch.iinfo(integer).min <= bits <= torch.iinfo(integer).max
     assert (

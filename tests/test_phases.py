@@ -16,7 +16,11 @@ from triton.runtime import interpreter
 
 import attn_kernels
 import reference
-from attn_kernels.ops import _channel, _channel_bwd, _config, _launch, _phases, cbam, channel_gate
+from attn_kernels.ops import cbam, channel_attention, channel_gate
+from attn_kernels.ops.channel_gate.plan import channel_plan
+from attn_kernels.ops.common import device as gpu
+from attn_kernels.ops.common import grid_sync, squeeze, tiling
+from attn_kernels.ops.common.tiling import geometry
 from benchmarks.compile import ChannelAttention
 from benchmarks.shapes import LAYOUTS
 
@@ -27,9 +31,9 @@ pytestmark = [
 
 
 class Launch:
-    """Which of a launch's accesses are ordered: by a program itself, or by slots that it set and others found set.
+    """Which of a launch's accesses are ordered: by a program itself, or by flags that it set and others found set.
 
-    A program's marks count its time. What it stored is known to those who have seen a later mark of it, or one of
+    A program's signals count its time. What it stored is known to those who have seen a later signal of it, or one of
     somebody who had. The interpreter runs programs one after another, so that every load finds what it should; here it
     also needs to know that it will.
     """
@@ -37,8 +41,8 @@ class Launch:
     def __init__(self, name: str):
         self.name, self.races = name, set()
         self.program = 0
-        self.seen = defaultdict(lambda: defaultdict(int))  # program -> program -> marks
-        self.snapshots = {}  # slot -> what whoever set it had seen
+        self.seen = defaultdict(lambda: defaultdict(int))  # program -> program -> signals
+        self.snapshots = {}  # flag -> what whoever set it had seen
         self.awaited = set()
         self.writers, self.readers = {}, defaultdict(dict)  # address -> program and its time
 
@@ -65,22 +69,22 @@ class Launch:
             self.writers[address] = self.program, self._now()
             self.snapshots.pop(address, None)
 
-    def mark(self, slots):
-        for slot in slots:
-            assert slot not in self.snapshots, f"{self.name}: {self.program} sets a slot that is set"
-            self.store([slot])
+    def signal(self, flags):
+        for flag in flags:
+            assert flag not in self.snapshots, f"{self.name}: {self.program} sets a flag that is set"
+            self.store([flag])
             seen = self.seen[self.program]
             seen[self.program] += 1
-            self.snapshots[slot] = dict(seen)
+            self.snapshots[flag] = dict(seen)
 
-    def find(self, slots):
+    def find(self, flags):
         seen = self.seen[self.program]
-        for slot in slots:
-            assert slot in self.snapshots, f"{self.name}: {self.program} waits for one that comes later, here for ever"
-            self.readers[slot][self.program] = self._now()
-            self.awaited.add(slot)
-            for program, marks in self.snapshots[slot].items():
-                seen[program] = max(seen[program], marks)
+        for flag in flags:
+            assert flag in self.snapshots, f"{self.name}: {self.program} waits for one that comes later, here for ever"
+            self.readers[flag][self.program] = self._now()
+            self.awaited.add(flag)
+            for program, signals in self.snapshots[flag].items():
+                seen[program] = max(seen[program], signals)
 
 
 @pytest.fixture
@@ -107,8 +111,8 @@ def launches(monkeypatch):
 
     def atomic(operation, pointers, value, mask, *_):
         launch = found[-1]
-        is_mark = "XCHG" in str(operation)
-        (launch.mark if is_mark else launch.find)(active(pointers, mask))
+        is_signal = "XCHG" in str(operation)
+        (launch.signal if is_signal else launch.find)(active(pointers, mask))
 
     run = interpreter.GridExecutor.__call__
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", begin)
@@ -121,6 +125,9 @@ def launches(monkeypatch):
     before("create_atomic_rmw", atomic)
     return found
 
+
+# Whose kernels wait for one another.
+ROOMS = channel_gate.forward, channel_gate.backward, cbam.forward
 
 ALL_POOLS = ("avg", "max", "lp", "lse")
 MODULES = {
@@ -144,26 +151,26 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    "samples": Shape((51, 16, 2, 3), 1, {"samples", "groups", "lead"}),  # the last group is not full
-    "divided": Shape((3, 20, 40, 24), 5, {"splits", "groups"}),
-    "lead": Shape((9, 32, 3, 3), 8, {"samples", "groups", "blocks", "lead"}),
+    "samples": Shape((51, 16, 2, 3), 1, {"samples", "groups", "lookahead"}),  # the last group is not full
+    "split": Shape((3, 20, 40, 24), 5, {"splits", "groups"}),
+    "lookahead": Shape((9, 32, 3, 3), 8, {"samples", "groups", "blocks", "lookahead"}),
 }
 # In channels_last; they take half a minute.
 LARGE = {
-    "hidden": Shape((2, 280, 10, 10), 30, {"groups", "blocks", "hidden", "lead"}, reduction=1),
-    "blocks": Shape((4, 80, 40, 24), 40, {"groups", "blocks", "splits", "lead"}),
+    "hidden": Shape((2, 280, 10, 10), 30, {"groups", "blocks", "hidden", "lookahead"}, reduction=1),
+    "blocks": Shape((4, 80, 40, 24), 40, {"groups", "blocks", "splits", "lookahead"}),
 }
 
 
 def step(module, shape: Shape, layout, monkeypatch, inference=True):
-    monkeypatch.setattr(_launch, "multiprocessors", lambda x: shape.multiprocessors)
+    monkeypatch.setattr(gpu, "multiprocessors", lambda x: shape.multiprocessors)
     torch.manual_seed(0)
     x = torch.randn(shape.shape).to(memory_format=LAYOUTS[layout]).requires_grad_()
     hidden = shape.shape[1] // shape.reduction
     half = isinstance(module, attn_kernels.CBAM)
-    plan = _launch.channel_plan(x, hidden, tile_elements=_config.TILE // (2 if half else 1))
-    counts = {name: getattr(plan, name) for name in ("samples", "groups", "blocks", "splits", "lead")}
-    counts["hidden"] = plan.hidden_items(hidden)
+    plan = channel_plan(geometry(x), hidden, tile_elements=tiling.TILE // (2 if half else 1))
+    counts = {name: getattr(plan, name) for name in ("samples", "groups", "blocks", "splits", "lookahead")}
+    counts["hidden"] = plan.hidden_tasks(hidden)
     assert {name for name, count in counts.items() if count > 1} == shape.several
     y = module(x)
     gradients = torch.autograd.grad(y, [x, *module.parameters()], torch.randn_like(y))
@@ -200,10 +207,10 @@ def test_no_races_of_many(module, shape, launches, monkeypatch):
 
 def test_part_of_a_plane_that_is_minus_infinity(monkeypatch):
     """Its exponentials add nothing, however small the plane's maximum: exp(100) times 0 would be NaN."""
-    monkeypatch.setattr(_launch, "multiprocessors", lambda x: 5)
-    x = torch.full(SHAPES["divided"].shape, float("-inf"))
+    monkeypatch.setattr(gpu, "multiprocessors", lambda x: 5)
+    x = torch.full(SHAPES["split"].shape, float("-inf"))
     x[..., :3, :] = -100
-    assert _launch.channel_plan(x, 5).splits > 1
+    assert channel_plan(geometry(x), 5).is_split
     fused = attn_kernels.ChannelGate(x.shape[1], 4, ("lse",))
     plain = reference.ChannelGate(x.shape[1], 4, ("lse",))
     plain.load_state_dict(fused.state_dict())
@@ -217,11 +224,11 @@ def test_races_are_found(shape, launches, monkeypatch):
     """Where programs do not wait, which the interpreter survives."""
 
     @triton.jit
-    def wait(slots_ptr, count, given_up_ptr, stamp):
+    def wait(flags_ptr, count, sync, SINGLE: tl.constexpr):
         tl.debug_barrier()
         return count < 0
 
-    for module in (_channel, _channel_bwd, cbam, channel_gate):
+    for module in (squeeze, *ROOMS):
         monkeypatch.setattr(module, "wait", wait)
     for module in ("SE", "CBAM"):
         step(MODULES[module](SHAPES[shape].shape[1]), SHAPES[shape], "contiguous", monkeypatch)
@@ -233,22 +240,22 @@ def test_races_are_found(shape, launches, monkeypatch):
     ("module", "shape"),
     [
         ("SE", "samples"),
-        ("SE", "divided"),
-        ("ChannelGate", "divided"),
-        ("CBAM", "divided"),
-        ("CBAM", "lead"),
-        ("ChannelAttention", "divided"),
+        ("SE", "split"),
+        ("ChannelGate", "split"),
+        ("CBAM", "split"),
+        ("CBAM", "lookahead"),
+        ("ChannelAttention", "split"),
     ],
 )
 def test_plain_launches(module, shape, launches, monkeypatch):
     """A launch for each phase: no program waits or is waited for, and the bits are those of a single launch."""
-    layout = "channels_last" if shape == "lead" else "contiguous"
+    layout = "channels_last" if shape == "lookahead" else "contiguous"
     shape = SHAPES[shape]
     module = MODULES[module](shape.shape[1])
     state = copy.deepcopy(module.state_dict())
     single = step(module, shape, layout, monkeypatch)
     del launches[:]
-    monkeypatch.setattr(_launch, "SINGLE_LAUNCH", False)
+    monkeypatch.setattr(gpu, "SINGLE_LAUNCH", False)
     module.load_state_dict(state)
     plain = step(module, shape, layout, monkeypatch)
     check(launches)
@@ -263,7 +270,7 @@ def lost(monkeypatch):
     In backward it stores nothing either: forward, a late program stores its indices all the same. Or, with
     ``lost.after``, it signals so often and stores everything. Programs have little patience.
     """
-    lost = SimpleNamespace(kernel=None, program=None, after=0, marks=0, waits=[])
+    lost = SimpleNamespace(kernel=None, program=None, after=0, signals=0, waits=[])
     builder, current = interpreter.InterpreterBuilder, SimpleNamespace(kernel="", program=0)
     run, set_index = interpreter.GridExecutor.__call__, builder.set_grid_idx
     atomic, store = builder.create_atomic_rmw, builder.create_masked_store
@@ -280,8 +287,8 @@ def lost(monkeypatch):
         if "XCHG" not in str(operation):
             lost.waits.append(current.program)
         elif (current.kernel, current.program) == (lost.kernel, lost.program):
-            lost.marks += 1
-            if lost.marks > lost.after:
+            lost.signals += 1
+            if lost.signals > lost.after:
                 return pointers
         return atomic(self, operation, pointers, value, mask, *others)
 
@@ -295,40 +302,40 @@ def lost(monkeypatch):
 
     monkeypatch.setattr(builder, "create_atomic_rmw", act)
     monkeypatch.setattr(builder, "create_masked_store", act_in_turn)
-    monkeypatch.setattr(_phases, "PATIENCE", tl.constexpr(8))
+    monkeypatch.setattr(grid_sync, "PATIENCE", tl.constexpr(8))
     return lost
 
 
 def replay(monkeypatch):
-    """Launches of one size share memory and a stamp from here on, and slots are zeroed, as where a graph replays."""
+    """Launches of one size share memory and a epoch from here on, and flags are zeroed, as where a graph replays."""
     memory = {}
 
-    def empty_scratch(x, elements, slots):
-        key = elements, slots
+    def empty_scratch(x, elements, flags):
+        key = elements, flags
         if key not in memory:
-            tensor, begin = scratch(x, elements, slots)
+            tensor, begin = scratch(x, elements, flags)
             memory[key] = tensor.fill_(1), begin  # numbers that look right
         tensor, begin = memory[key]
         tensor[begin:].zero_()
         return tensor, begin
 
-    scratch = _phases.empty_scratch
-    for module in (_channel, _channel_bwd, cbam, channel_gate):
+    scratch = grid_sync.empty_scratch
+    for module in (channel_attention, *ROOMS):
         monkeypatch.setattr(module, "empty_scratch", empty_scratch)
-        monkeypatch.setattr(module, "new_stamp", lambda: 2**62 + 1)
+    monkeypatch.setattr(grid_sync, "new_epoch", lambda: 2**62 + 1)
 
 
 @pytest.mark.parametrize(
     ("module", "kernel", "shape"),
     [
         ("SE", "channel_gate_kernel", "samples"),
-        ("SE", "channel_gate_kernel", "divided"),
-        ("SE", "gate_bwd_kernel", "divided"),
-        ("CBAM", "channel_gates_kernel", "divided"),
-        ("CBAM", "channel_gates_kernel", "lead"),
+        ("SE", "channel_gate_kernel", "split"),
+        ("SE", "gate_bwd_kernel", "split"),
+        ("CBAM", "channel_gates_kernel", "split"),
+        ("CBAM", "channel_gates_kernel", "lookahead"),
         ("CBAM", "gate_bwd_kernel", "samples"),
         ("MaxGate", "gate_bwd_kernel", "samples"),
-        ("ChannelAttention", "squeeze_kernel", "divided"),
+        ("ChannelAttention", "squeeze_kernel", "split"),
     ],
 )
 def test_who_never_signals_is_not_waited_for_for_ever(module, kernel, shape, lost, monkeypatch):
@@ -345,8 +352,8 @@ def test_who_never_signals_is_not_waited_for_for_ever(module, kernel, shape, los
     lost.waits.clear()
     lost.kernel, lost.program = kernel, 0
     got = train()
-    assert lost.marks  # there was something to miss
-    assert len(lost.waits) <= waits + 4 * _phases.PATIENCE.value  # who waited first polls in vain, the others do not
+    assert lost.signals  # there was something to miss
+    assert len(lost.waits) <= waits + 4 * grid_sync.PATIENCE.value  # who waited first polls in vain, the others do not
     backward = kernel == "gate_bwd_kernel"
     (y, dx, *_), (want_y, *_) = got, want
     assert torch.equal(y, want_y) if backward else y[0].isnan().all()  # program 0 works for the first sample
@@ -364,28 +371,28 @@ def test_who_never_signals_is_not_waited_for_for_ever(module, kernel, shape, los
 
 def test_who_adds_up_parts_and_never_signals_costs_the_weights_alone(lost, monkeypatch):
     """In backward, behind its first signal, nobody waits for the last part of a plane but the weights' gradients."""
-    shape = SHAPES["divided"]
+    shape = SHAPES["split"]
     module = MODULES["SE"](shape.shape[1])
     train = partial(step, module, shape, "contiguous", monkeypatch, inference=False)
     want = train()
     replay(monkeypatch)
-    plan = _launch.channel_plan(torch.empty(shape.shape), shape.shape[1] // shape.reduction, averages=True)
+    plan = channel_plan(geometry(torch.empty(shape.shape)), shape.shape[1] // shape.reduction, averages=True)
     lost.kernel, lost.program, lost.after = "gate_bwd_kernel", plan.splits - 1, 1
     y, dx, *gradients = train()
-    assert lost.marks == 2
+    assert lost.signals == 2
     assert torch.equal(y, want[0])
     assert torch.equal(dx, want[1])
     assert all(gradient.isnan().all() for gradient in gradients)
 
 
-def test_slots_are_zeroed_where_a_graph_will_replay_them(monkeypatch):
-    monkeypatch.setattr(_phases, "will_be_replayed", lambda x: True)
-    scratch, begin = _phases.empty_scratch(torch.empty(1), 5, 3)
+def test_flags_are_zeroed_where_a_graph_will_replay_them(monkeypatch):
+    monkeypatch.setattr(grid_sync, "will_be_replayed", lambda x: True)
+    scratch, begin = grid_sync.empty_scratch(torch.empty(1), 5, 3)
     assert (begin, scratch.numel()) == (6, 12)
     assert not scratch[begin:].any()
 
 
-def test_stamps_differ():
-    stamps = [_phases.new_stamp() for _ in range(3)]
-    assert len(set(stamps)) == 3
-    assert all(2**62 <= stamp < 2**63 - 1 for stamp in stamps)
+def test_epochs_differ():
+    epochs = [grid_sync.new_epoch() for _ in range(3)]
+    assert len(set(epochs)) == 3
+    assert all(2**62 <= epoch < 2**63 - 1 for epoch in epochs)

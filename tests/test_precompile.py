@@ -379,8 +379,8 @@ def test_takes_the_architecture_that_is_asked_for():
 
 
 CACHE_KEYS = """
-from attn_kernels.ops import _launch
-_launch.settle_cache_keys()
+from attn_kernels.ops.common import device
+device.settle_cache_keys()
 modules = [module for name, module in sys.modules.items() if name.startswith("attn_kernels.ops.")]
 functions = [f for module in modules for f in vars(module).values() if isinstance(f, JITFunction)]
 keys = [f.cache_key for f in functions]

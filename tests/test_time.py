@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import attn_kernels
+from attn_kernels.ops.common import device as gpu
 from benchmarks import time
 from benchmarks.__main__ import main
 from benchmarks.check import LAYOUTS
-from benchmarks.machine_code import MachineCode, ops
+from benchmarks.machine_code import MachineCode
 from benchmarks.meter import Launch, meter
 from benchmarks.record import (
     FIRST,
@@ -132,7 +133,7 @@ class TestSimulator:
         assert time(*roots, *sums) > 1.5 * time(*sums)
 
     def test_who_waits_goes_on_a_hop_behind_the_signal(self):
-        early, late = (Step(kind, SOURCE, slots=(8,)) for kind in ("signal", "wait"))
+        early, late = (Step(kind, SOURCE, flags=(8,)) for kind in ("signal", "wait"))
         quick = self.launch([[early], [late]], [0, 1])
         slow = self.launch([[early], [late]], [0, 1], replace(H100, hop=H100.hop + 5))
         assert slow.now - quick.now == pytest.approx(5)
@@ -140,7 +141,7 @@ class TestSimulator:
 
     def test_programs_that_wait_for_what_never_comes_are_an_error(self):
         with pytest.raises(RuntimeError, match="never comes"):
-            self.launch([[Step("wait", SOURCE, slots=(8,))]], [0])
+            self.launch([[Step("wait", SOURCE, flags=(8,))]], [0])
 
     def test_some_groups_go_through_all_of_their_phases(self):
         """Of two groups one: all but what waits for both. Each phase stores to a sector of its own."""
@@ -162,13 +163,13 @@ class TestSimulator:
         assert simulator.now == pytest.approx(2 * H100.gap + H100.kernel + 10, rel=0.01)
 
 
-def _slots(launch, kind):
+def _flags(launch, kind):
     """Those that the launch's programs wait for, or set."""
     steps = [(step, place) for i, place in launch.order for step in launch.programs[i] if step.kind == kind]
     return {
-        slot + sum(map(math.prod, zip(step.shifts, place[1:], strict=True)))
+        flag + sum(map(math.prod, zip(step.shifts, place[1:], strict=True)))
         for step, place in steps
-        for slot in step.slots
+        for flag in step.flags
     }
 
 
@@ -183,7 +184,7 @@ class TestRecorded:
         ("CBAM", (3, 40, 20, 20)),
         ("CBAM", (20, 64, 40, 40)),
         ("CBAM", (40, 64, 7, 7)),
-        ("CBAM", (32, 512, 7, 7)),  # several items of the hidden layer, and gates in their launch
+        ("CBAM", (32, 512, 7, 7)),  # several tasks of the hidden layer, and gates in their launch
         ("SimAM", (3, 40, 24, 24)),
         ("BAM", (3, 32, 20, 20)),
     )
@@ -193,8 +194,7 @@ class TestRecorded:
     def test_moves_what_the_whole_launch_moves(self, name, shape, layout, monkeypatch):
         """Loads and stores by launch, but for the polls of those who wait, as the meter counts them."""
         multiprocessors = 4
-        for module in [m for m in map(vars, ops()) if "multiprocessors" in m]:
-            monkeypatch.setitem(module, "multiprocessors", lambda x: multiprocessors)
+        monkeypatch.setattr(gpu, "multiprocessors", lambda x: multiprocessors)
 
         def train(device, watch):
             with torch.device(device):
@@ -213,17 +213,17 @@ class TestRecorded:
             if isinstance(launch, Launch):
                 assert (launch.loaded, launch.stored) == (counted.loaded, counted.stored)
                 continue
-            sums, slots = {"load": 0, "store": 0}, 0
+            sums, flags = {"load": 0, "store": 0}, 0
             for i, _ in launch.order:
                 for step in launch.programs[i]:
-                    slots += 8 * len(step.slots)  # atomics, which load and store
-                    if step.source[0].file != "_phases.py" and step.kind in sums:
+                    flags += 8 * len(step.flags)  # atomics, which load and store
+                    if step.source[0].file != "common/grid_sync.py" and step.kind in sums:
                         sums[step.kind] += step.bytes
             # The weights' gradients are taken to be alike; so are a convolution's pixels, which on small maps are not.
             stored, loaded = (0.03, 0.15) if "conv" in launch.name else (0.01, 0.03)
-            assert counted.stored - slots == pytest.approx(sums["store"], rel=stored), launch.name
-            assert counted.loaded - slots == pytest.approx(sums["load"], rel=loaded, abs=8 * len(launch.order))
-            waited, signalled = (_slots(launch, kind) for kind in ("wait", "signal"))
+            assert counted.stored - flags == pytest.approx(sums["store"], rel=stored), launch.name
+            assert counted.loaded - flags == pytest.approx(sums["load"], rel=loaded, abs=8 * len(launch.order))
+            waited, signalled = (_flags(launch, kind) for kind in ("wait", "signal"))
             assert waited <= signalled, launch.name
 
     @pytest.mark.parametrize("layout", LAYOUTS)

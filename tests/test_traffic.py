@@ -202,7 +202,7 @@ class TestSideBySide:
         signals, waits = ([e for e in events if isinstance(e, kind)] for kind in (Signal, Wait))
         assert signals
         assert waits
-        assert all(wait.slots <= frozenset().union(*(signal.slots for signal in signals)) for wait in waits)
+        assert all(wait.flags <= frozenset().union(*(signal.flags for signal in signals)) for wait in waits)
 
     def test_simam_in_channels_last_reads_planes_again_from_dram(self):
         """Of planes that no program holds, as many as run at once are more than L2 holds."""

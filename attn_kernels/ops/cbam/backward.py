@@ -202,6 +202,7 @@ def launch(
 def _launch_dx(gradients: CbamGradients, dy: Tensor, mask: Tensor, x: Tensor, spatial: SpatialGrad) -> None:
     n, c, h, w = x.shape
     plan = channel_plan(geometry(x), 0, dspatial=True)
+    tile = plan.tile._replace(stages=1)
     spatial_dx_kernel[(n * plan.tasks,)](
         dy_ptr=dy,
         mask_ptr=optional(mask),
@@ -212,6 +213,6 @@ def _launch_dx(gradients: CbamGradients, dy: Tensor, mask: Tensor, x: Tensor, sp
         P=h * w,
         S=plan.splits,
         chunk=plan.chunk,
-        TILE=plan.tile,
-        **plan.tile.options,
+        TILE=tile,
+        **tile.options,
     )

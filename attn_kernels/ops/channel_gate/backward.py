@@ -415,9 +415,10 @@ def gates_kernel(
     K: tl.constexpr,
     MLP: tl.constexpr,
     WORK: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """The gates again, of a group of samples and a block of channels."""
+    BLOCK_C: tl.constexpr = TILE.block_c
     J = tl.cdiv(C, BLOCK_C)
     pid = tl.program_id(0)
     size = Sizes(N, C, 1, R, 1, 1)
@@ -574,6 +575,7 @@ def launch_gates(x: Tensor, weights: Weights, saved: Tensor, pools: int, mlp: Ml
     hidden = weights.w2.shape[1]
     plan = channel_plan(geometry(x), hidden, device.SINGLE_LAUNCH, dspatial=True)
     scratch, flags = _empty_scratch(x, hidden, pools_of(pools), plan)
+    tile = plan.tile._replace(stages=1, num_stages=3, maxnreg=None)  # no data is exchanged
     gates_kernel[(plan.groups * plan.blocks,)](
         preactivation_ptr=saved,
         w2_ptr=weights.w2,
@@ -585,8 +587,8 @@ def launch_gates(x: Tensor, weights: Weights, saved: Tensor, pools: int, mlp: Ml
         K=pools_of(pools).K,
         MLP=mlp,
         WORK=plan.work(hidden, plan.is_split),
-        BLOCK_C=plan.tile.block_c,
-        num_warps=plan.tile.num_warps,
+        TILE=tile,
+        **tile.options,
     )
     return scratch, flags
 
@@ -645,9 +647,10 @@ def launch_backward(
 
 def _bwd_tile(plan: ChannelPlan, spatial: SpatialGrad, pools: Pools, averages: bool) -> Tile:
     """With registers for three programs of 8 warps per multiprocessor where that does not spill."""
+    tile = plan.tile._replace(stages=1)
     # lp, lse, 64 bytes of x per thread, the maps of a spatial gate and the products of several samples take more.
     more = pools.lp or pools.lse or averages or spatial.maps is not None or plan.samples > 1
-    return plan.tile if more or plan.tile.num_warps != 8 else plan.tile._replace(maxnreg=80)
+    return tile if more or tile.num_warps != 8 else tile._replace(maxnreg=80)
 
 
 def _empty_scratch(x: Tensor, hidden: int, pools: Pools, plan: ChannelPlan) -> tuple[Tensor, int]:
