@@ -286,7 +286,7 @@ def _reasons_within(module: FusedModule | FusedBlock, x: Tensor) -> list[str]:
     if isinstance(module, FusedModule):
         return why_not(module._plan.nchw(x), (), module._plan.norm(module))
     reasons = []
-    for path in module._fusion.tails:
+    for path in module._fusion.epilogues:
         gate = module.get_submodule(".".join(path))
         reasons += [f"{'.'.join(path)}: {reason}" for reason in _reasons(gate, _as_taken(gate, x), None)]
     return reasons

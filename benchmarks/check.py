@@ -46,7 +46,7 @@ MODULES = ("SE", "BAM", "CBAM", "SimAM")
 NETWORK = "network"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-TAIL_MAPS = ("stem", "stage2", "stage4")  # here with the end of a residual block: relu(attention(x) + residual)
+EPILOGUE_MAPS = ("stem", "stage2", "stage4")  # here with the end of a residual block: relu(attention(x) + residual)
 
 IMAGE_SIZE = 224
 GPU_BATCH = 32
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     console.print(header(device))
     modules = [module for module in MODULES if module in what]
     cases = [
-        Case(*place, tail=place[1] in TAIL_MAPS)
+        Case(*place, epilogue=place[1] in EPILOGUE_MAPS)
         for place in itertools.product(modules, arguments.maps, LAYOUTS, arguments.dtypes)
     ]
     findings: list[Finding] = []
@@ -164,7 +164,7 @@ def measure(case: Case, feature_maps: Iterable[Tensor]) -> tuple[list[dict[str, 
     modules = {"fused": fused}
     if users.is_available(case.module):
         baseline = getattr(users, case.module)(channels).to(x)
-        modules["eager"] = users.AddReLU(baseline) if case.tail else baseline
+        modules["eager"] = users.AddReLU(baseline) if case.epilogue else baseline
     if not interpreted:
         return samples, Cost(tuple(x.shape), x.nbytes, {}, _device_times(modules, x, residual, dy))
     traffic = {"fused": fused_traffic}
@@ -178,7 +178,7 @@ def inputs(case: Case, feature_map: Tensor, oracle: nn.Module, seed: int) -> tup
     layout = LAYOUTS[case.layout]
     x = feature_map.to(DTYPES[case.dtype]).contiguous(memory_format=layout)
     dy = torch.empty_like(x).normal_(generator=torch.Generator(x.device).manual_seed(1 + seed))
-    if not case.tail:
+    if not case.epilogue:
         return x, None, dy
     # The identity of a stage's first block has both signs: another image's map about its mean.
     residual = (x.roll(1, 0) - x.mean()).contiguous(memory_format=layout)

@@ -60,7 +60,7 @@ class Site(NamedTuple):
     network: str
     module: str
     map: tuple[int, int, int]
-    tail: bool = False
+    epilogue: bool = False
     options: tuple[tuple[str, object], ...] = ()
 
     def build(self, kit: object) -> nn.Module:
@@ -94,7 +94,11 @@ def _se(network: str, channels: int, side: int, hidden: int, activation: str, ga
 BLOCKS = [(channels, side, side) for channels, side, _ in RESNET_50]
 CONV2 = [(channels // 4, side, side) for channels, side, _ in RESNET_50]  # where SimAM is
 NETWORK_SITES = (
-    *(Site("resnet50", module, shape, tail=module != "BAM") for module in ("SE", "CBAM", "BAM") for shape in BLOCKS),
+    *(
+        Site("resnet50", module, shape, epilogue=module != "BAM")
+        for module in ("SE", "CBAM", "BAM")
+        for shape in BLOCKS
+    ),
     *(Site("resnet50", "SimAM", shape) for shape in BLOCKS + CONV2),
     *(_se("efficientnet_b0", *stage, "silu", "sigmoid") for stage in EFFICIENTNET_B0),
     *(_se("mobilenetv3_large", *stage, "relu", "hardsigmoid") for stage in MOBILENET_V3_LARGE),
@@ -248,13 +252,13 @@ def launches(case: Case, multiprocessors: int) -> list[Launch]:
     with torch.device("meta"):
         module = site.build(attn_kernels).to(torch.float64 if dtype == torch.float64 else torch.float32)
         x = torch.empty(case.batch, *site.map, dtype=dtype).to(memory_format=LAYOUTS[case.layout]).requires_grad_()
-    tail = (torch.empty_like(x).requires_grad_(), "relu") if site.tail else ()
+    epilogue = (torch.empty_like(x).requires_grad_(), "relu") if site.epilogue else ()
     with capture(multiprocessors, x) as found:
         if site.module != "BAM" or case.batch > 1:  # BatchNorm1d cannot learn from one sample
-            y = module(x, *tail)
-            torch.autograd.grad(y, [x, *tail[:1], *module.parameters()], torch.empty_like(y))
+            y = module(x, *epilogue)
+            torch.autograd.grad(y, [x, *epilogue[:1], *module.parameters()], torch.empty_like(y))
         with torch.no_grad():
-            module.eval()(x, *tail)
+            module.eval()(x, *epilogue)
     return found
 
 

@@ -127,8 +127,10 @@ def describe(network: nn.Module) -> Row:
         "found": len(found),
         "fused": report.fused,
         "kinds": _counts(row.kind for row in rows if row.fused),
-        "tails": sum(bool(row.tail) for row in rows),
-        "tails_left": _counts(row.reason.removeprefix("tail not fused: ") for row in rows if row.fused and row.reason),
+        "epilogues": sum(bool(row.epilogue) for row in rows),
+        "epilogues_left": _counts(
+            row.reason.removeprefix("epilogue not fused: ") for row in rows if row.fused and row.reason
+        ),
         "left": report.left,
         "left_because": _counts(f"{row.cls}: {row.reason}" for row in rows if not row.fused),
         "missed": sum(name not in listed for name, _ in found),
@@ -171,7 +173,7 @@ def write(rows: Sequence[Row], path: Path) -> None:
 
 def table(rows: Sequence[Row]) -> Table:
     """Sums over the architectures of each library."""
-    columns = "architectures", "found", "fused", "tails", "left", "missed"
+    columns = "architectures", "found", "fused", "epilogues", "left", "missed"
     shown = Table("", *(f"[bold]{name}" for name in columns), box=None)
     groups = {
         library: [r for r in rows if r["library"] == library] for library in dict.fromkeys(r["library"] for r in rows)

@@ -44,13 +44,13 @@ class Case(NamedTuple):
 class Block(nn.Module):
     """A module within a network, whose input has a gradient; with a residual and a ReLU behind it, or without."""
 
-    def __init__(self, module: nn.Module, tail: bool):
+    def __init__(self, module: nn.Module, epilogue: bool):
         super().__init__()
-        self.module, self.tail = module, tail
+        self.module, self.epilogue = module, epilogue
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.detach().requires_grad_()
-        return self.module(x, x.clone(), "relu") if self.tail else self.module(x)
+        return self.module(x, x.clone(), "relu") if self.epilogue else self.module(x)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

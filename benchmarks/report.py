@@ -25,7 +25,7 @@ class Case(NamedTuple):
     map: str
     layout: str
     dtype: str
-    tail: bool
+    epilogue: bool
 
 
 class Cost(NamedTuple):
@@ -90,7 +90,7 @@ def traffic_table(costs: dict[Case, Cost]) -> Table:
         f"Bytes touched in units of x ({_dtype(costs)}), forward + backward, and kernel launches",
         f"{EAGER}; small maps: what does not grow with x (parameters, gates) weighs more than on a whole map",
     )
-    _columns(table, "module", "map", "layout", "tail")
+    _columns(table, "module", "map", "layout", "epilogue")
     _columns(table, "eager", "launches", "fused", "launches", "eager / fused", "time on a GPU", justify="right")
     for case, cost in costs.items():
         cells = []
@@ -116,7 +116,7 @@ def time_table(costs: dict[Case, Cost]) -> Table:
         over_eager, over_compile = map(statistics.geometric_mean, zip(*ratios, strict=True))
         means = f"geometric means: {over_eager:.2f} times as fast as eager, {over_compile:.2f} as torch.compile\n"
     table = _table(f"Device time of forward + backward in microseconds ({_dtype(costs)})", means + EAGER)
-    _columns(table, "module", "map", "layout", "tail")
+    _columns(table, "module", "map", "layout", "epilogue")
     _columns(table, "eager", "torch.compile", "fused", "eager / fused", "compile / fused", justify="right")
     for case, cost in costs.items():
         seconds = cost.seconds
@@ -161,7 +161,7 @@ def _dtype(costs: dict[Case, Cost]) -> str:
 
 def _place(case: Case, cost: Cost) -> tuple[str, str, str, str]:
     shape = "x".join(map(str, cost.shape))
-    return case.module, f"{case.map} {shape}", case.layout, "add + relu" if case.tail else ""
+    return case.module, f"{case.map} {shape}", case.layout, "add + relu" if case.epilogue else ""
 
 
 def _short(tensor: str) -> str:

@@ -178,10 +178,10 @@ def _passes(cell: Cell) -> Iterator[Callable[[], object]]:
     with torch.device("meta"):
         module = KERNELS[cell.kernel].build(attn_kernels, *cell.shape[1:3])
         x = torch.empty(cell.shape, dtype=DTYPES[cell.dtype]).to(memory_format=LAYOUTS[cell.layout]).requires_grad_()
-    tail = (torch.empty_like(x).requires_grad_(), "relu") if KERNELS[cell.kernel].epilogue else ()
+    epilogue = (torch.empty_like(x).requires_grad_(), "relu") if KERNELS[cell.kernel].epilogue else ()
     y = []
-    yield lambda: y.append(module(x, *tail))
-    yield lambda: torch.autograd.grad(y[0], [x, *tail[:1], *module.parameters()], torch.empty_like(y[0]))
+    yield lambda: y.append(module(x, *epilogue))
+    yield lambda: torch.autograd.grad(y[0], [x, *epilogue[:1], *module.parameters()], torch.empty_like(y[0]))
 
 
 def cells(

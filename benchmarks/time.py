@@ -50,18 +50,18 @@ class Op(NamedTuple):
 
     module: str
     floors: tuple[float, float]
-    tail: bool = False
+    epilogue: bool = False
 
 
 OPS = {
     "SE": Op("SE", (2, 3)),
-    "SE+add+ReLU": Op("SE", (3, 4), tail=True),
+    "SE+add+ReLU": Op("SE", (3, 4), epilogue=True),
     "ChannelGate": Op("ChannelGate", (2, 3)),
     "CBAM": Op("CBAM", (3, 5)),
-    "CBAM+add+ReLU": Op("CBAM", (4, 6), tail=True),
+    "CBAM+add+ReLU": Op("CBAM", (4, 6), epilogue=True),
     "BAM": Op("BAM", (3, 5)),
     "SimAM": Op("SimAM", (2, 3)),
-    "SimAM+add+ReLU": Op("SimAM", (3, 4), tail=True),
+    "SimAM+add+ReLU": Op("SimAM", (3, 4), epilogue=True),
 }
 
 
@@ -183,11 +183,11 @@ def _passes(case: Case, seen) -> list:
         module: nn.Module = getattr(attn_kernels, op.module)(*(() if op.module == "SimAM" else (case.shape[1],)))
         x: Tensor = torch.empty(case.shape, dtype=torch.bfloat16).to(memory_format=LAYOUTS[case.layout])
     x.requires_grad_()
-    tail = (torch.empty_like(x).requires_grad_(), "relu") if op.tail else ()
+    epilogue = (torch.empty_like(x).requires_grad_(), "relu") if op.epilogue else ()
     with seen(x) as forward:
-        y = module(x, *tail)
+        y = module(x, *epilogue)
     with seen(x) as backward:
-        torch.autograd.grad(y, [x, *tail[:1], *module.parameters()], torch.empty_like(y))
+        torch.autograd.grad(y, [x, *epilogue[:1], *module.parameters()], torch.empty_like(y))
     return [forward, backward]
 
 

@@ -76,7 +76,7 @@ class Op(NamedTuple):
     forward: float
     backward: float
     dram: float  # of a training step, behind L2
-    tail: bool = False
+    epilogue: bool = False
     # Where they differ in channels_last with planes that no program holds.
     walks_channels_last: tuple[float, float, float] | None = None  # forward, backward, DRAM
     infers_as_compiled: bool = False  # with as many passes over x as torch.compile in inference
@@ -84,7 +84,7 @@ class Op(NamedTuple):
 
 OPS = {
     "SE": Op("SE", 3, 4, dram=5.3),
-    "SE+add+ReLU": Op("SE", 4, 5.1, dram=7.4, tail=True),
+    "SE+add+ReLU": Op("SE", 4, 5.1, dram=7.4, epilogue=True),
     # Its gates, pools and scale each read x, as torch.compile's kernels do; L2 holds a part of it between them.
     "CBAM": Op("CBAM", 4, 6, dram=8.3, infers_as_compiled=True),
     # 0.8 and 1.25 of it are the branches' maps of C/16 channels; 0.3, at 7x7, parts of the reducing weight's gradient.
@@ -284,11 +284,11 @@ def measure(case: Case, compiled: bool = True) -> Result:
     dtype, layout = DTYPES[case.dtype], LAYOUTS[case.layout]
     torch.manual_seed(0)
     fused, eager = (getattr(kit, op.module)(case.shape[1]) for kit in (attn_kernels, users))
-    eager = (users.AddReLU(eager) if op.tail else eager).to(dtype=dtype, memory_format=layout)
+    eager = (users.AddReLU(eager) if op.epilogue else eager).to(dtype=dtype, memory_format=layout)
     for module in (fused, eager):
         module.train(case.mode == "train")
     x, residual, dy = (torch.randn(case.shape).to(dtype).contiguous(memory_format=layout) for _ in range(3))
-    passes_of = partial(_passes, x=x, residual=residual if op.tail else None, dy=dy, mode=case.mode)
+    passes_of = partial(_passes, x=x, residual=residual if op.epilogue else None, dy=dy, mode=case.mode)
     capacity, multiprocessors = int(device.l2 * MB / 2 * case.slice), max(round(device.multiprocessors * case.slice), 1)
 
     passes, kernels = {}, []

@@ -132,7 +132,7 @@ class _Block:
         kinds = {"se": kit.SE, "cbam": kit.CBAM}
         self.end = AddReLU(kinds[attention](out_channels) if attention in kinds else nn.Identity())
 
-    def tail(self, out: Tensor, identity: Tensor) -> Tensor:
+    def epilogue(self, out: Tensor, identity: Tensor) -> Tensor:
         return self.end(out, identity)
 
 

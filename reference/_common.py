@@ -1,4 +1,4 @@
-"""What the four attention modules share: argument checks, the accumulation dtype, and the tail of a residual block."""
+"""What the attention modules share: argument checks, the accumulation dtype, the epilogue of a residual block."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def tail(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+def epilogue(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
     """``act(y + residual)`` in ``y``'s dtype: the end of a residual block."""
     if residual is not None:
         y = (y + residual).to(y.dtype)

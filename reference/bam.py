@@ -17,10 +17,10 @@ from reference._common import (
     check_input,
     check_parameter,
     check_positive,
+    epilogue,
     is_plain_layer,
     like_parameters,
     states,
-    tail,
 )
 
 # The layers of the two branches.
@@ -158,7 +158,7 @@ def bam(
         spatial = gate_s(like_parameters(x, gate_s))
     channel, spatial = check_logits(x, channel, spatial)
     attention = 1 + torch.sigmoid(channel[:, :, None, None].to(x.dtype) * spatial.to(x.dtype))
-    return tail(x * attention, residual, activation)
+    return epilogue(x * attention, residual, activation)
 
 
 class ChannelGate(nn.Module):
@@ -263,7 +263,7 @@ class BAM(AttentionModule):
             check_input(x, residual, activation)
             channel, spatial = self.channel_att(x), self.spatial_att(x)
             attention = 1 + torch.sigmoid(channel.to(x.dtype) * spatial.to(x.dtype))
-            return tail(x * attention, residual, activation)
+            return epilogue(x * attention, residual, activation)
         return self._function(
             x, self.channel_att.gate_c, self.spatial_att.gate_s, residual=residual, activation=activation
         )

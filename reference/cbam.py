@@ -17,10 +17,10 @@ from reference._common import (
     check_input,
     check_parameter,
     check_positive,
+    epilogue,
     is_plain_layer,
     is_untouched,
     like_parameters,
-    tail,
     without_autocast,
 )
 from reference.se import check_mlp, mlp
@@ -146,7 +146,7 @@ def channel_gate(
     )
     logits = sum(mlp(POOLS[pool](x), fc1_weight, fc1_bias, fc2_weight, fc2_bias, "relu") for pool in pool_types)
     scale = torch.sigmoid(logits).to(x.dtype)[:, :, None, None]
-    return tail(x * scale, residual, activation)
+    return epilogue(x * scale, residual, activation)
 
 
 def spatial_gate(
@@ -182,7 +182,7 @@ def spatial_gate(
         if isinstance(norm, nn.Module):
             z = like_parameters(z, norm)
         scale = torch.sigmoid(norm(z)).to(x.dtype)
-    return tail(x * scale, residual, activation)
+    return epilogue(x * scale, residual, activation)
 
 
 def cbam(
@@ -262,7 +262,7 @@ class ChannelGate(AttentionModule):
             with without_autocast(x):
                 logits = sum(self.mlp(like_parameters(POOLS[pool](x), self.mlp)) for pool in self.pool_types)
                 scale = torch.sigmoid(logits).to(x.dtype)[:, :, None, None]
-            return tail(x * scale, residual, activation)
+            return epilogue(x * scale, residual, activation)
         return self._function(
             x, *self.mlp_parameters(), pool_types=self.pool_types, residual=residual, activation=activation
         )
@@ -299,7 +299,7 @@ class SpatialGate(AttentionModule):
             with without_autocast(x):
                 z = conv(like_parameters(_channel_pools(x), conv))
                 scale = torch.sigmoid(bn(like_parameters(z, bn))).to(x.dtype)
-            return tail(x * scale, residual, activation)
+            return epilogue(x * scale, residual, activation)
         return self._function(x, conv.weight, bn, residual=residual, activation=activation)
 
 

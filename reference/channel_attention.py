@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from reference._common import check_choice, check_input, check_parameter, tail, without_autocast
+from reference._common import check_choice, check_input, check_parameter, epilogue, without_autocast
 from reference.cbam import POOLS, check_pool_types
 
 GATED_POOLS = ("avg", "max")
@@ -59,4 +59,4 @@ def channel_attention(
     pooled = [POOLS[pool](x) for pool in pool_types]
     with without_autocast(x):
         scale = check_gate(gate(*pooled), x)
-    return tail(x * scale.to(x.dtype)[:, :, None, None], residual, activation)
+    return epilogue(x * scale.to(x.dtype)[:, :, None, None], residual, activation)

@@ -42,7 +42,7 @@ def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> 
 
 
 class _Block(nn.Module):
-    """A residual block: convolutions, then attention, the addition of the identity and ReLU as one tail."""
+    """A residual block: convolutions, then attention, the addition of the identity and ReLU as one epilogue."""
 
     expansion: int
 
@@ -55,7 +55,7 @@ class _Block(nn.Module):
         elif attention == "cbam":
             self.cbam = kit.CBAM(out_channels)
 
-    def tail(self, out: Tensor, identity: Tensor) -> Tensor:
+    def epilogue(self, out: Tensor, identity: Tensor) -> Tensor:
         if self.attention == "se":
             fc1, fc2 = self.fc1, self.fc2
             if not (is_plain_layer(fc1, nn.Linear) and is_plain_layer(fc2, nn.Linear)):
@@ -85,7 +85,7 @@ class BasicBlock(_Block):
     def forward(self, x: Tensor) -> Tensor:
         out = torch.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        return self.tail(out, x if self.downsample is None else self.downsample(x))
+        return self.epilogue(out, x if self.downsample is None else self.downsample(x))
 
 
 class Bottleneck(_Block):
@@ -110,7 +110,7 @@ class Bottleneck(_Block):
         out = torch.relu(self.bn1(self.conv1(x)))
         out = torch.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
-        return self.tail(out, x if self.downsample is None else self.downsample(x))
+        return self.epilogue(out, x if self.downsample is None else self.downsample(x))
 
 
 class ResNet(nn.Module):

@@ -13,9 +13,9 @@ from reference._common import (
     check_input,
     check_parameter,
     check_positive,
+    epilogue,
     is_plain_layer,
     like_parameters,
-    tail,
     without_autocast,
 )
 
@@ -137,7 +137,7 @@ def se(
     squeezed = x.mean((2, 3), dtype=accumulation_dtype(x))
     logits = mlp(squeezed, fc1_weight, fc1_bias, fc2_weight, fc2_bias, mlp_activation)
     scale = GATES[gate](logits).to(x.dtype)[:, :, None, None]
-    return tail(x * scale, residual, activation)
+    return epilogue(x * scale, residual, activation)
 
 
 def se_by_layers(
@@ -156,7 +156,7 @@ def se_by_layers(
     with without_autocast(x):
         logits = fc2(ACTIVATIONS[mlp_activation](fc1(like_parameters(squeezed, fc1))))
         scale = GATES[gate](logits).to(x.dtype)[:, :, None, None]
-    return tail(x * scale, residual, activation)
+    return epilogue(x * scale, residual, activation)
 
 
 class SE(AttentionModule):

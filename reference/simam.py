@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from reference._common import AttentionModule, accumulation_dtype, check_input, check_positive, tail
+from reference._common import AttentionModule, accumulation_dtype, check_input, check_positive, epilogue
 
 
 def check_lambda(e_lambda: float) -> None:
@@ -47,7 +47,7 @@ def simam(
     d = (x - mean).square()
     variance = d.sum((2, 3), keepdim=True) / max(x.shape[2] * x.shape[3] - 1, 1)
     inverse_energy = d / (4 * (variance + e_lambda)) + 0.5
-    return tail((x * torch.sigmoid(inverse_energy)).to(x.dtype), residual, activation)
+    return epilogue((x * torch.sigmoid(inverse_energy)).to(x.dtype), residual, activation)
 
 
 class SimAM(AttentionModule):

@@ -352,10 +352,10 @@ def judge(build: Callable[[], nn.Module], rng: random.Random, counts: Counter) -
     checked = [row.reason for row in report.rows if "computes other" in row.reason or "has other" in row.reason]
     if checked:
         return f"only the check has seen it: {checked[0]}"
-    own = [row for row in report.rows if row.fused and (row.name == "0" or row.tail)]
+    own = [row for row in report.rows if row.fused and (row.name == "0" or row.epilogue)]
     counts["fused" if own else "left"] += 1
     for row in own:
-        counts[row.kind + (" + add + ReLU" if row.tail else "")] += 1
+        counts[row.kind + (" + add + ReLU" if row.epilogue else "")] += 1
     if not own:
         return ""
     for training in (True, False):

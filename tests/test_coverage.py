@@ -31,7 +31,7 @@ def test_every_module_of_every_architecture_is_known(recorded):
         assert row["missed"] == "0", row
         assert int(row["fused"]) >= int(row["found"]), row
     assert sum(int(row["fused"]) for row in recorded) >= 7580
-    assert sum(int(row["tails"]) for row in recorded) >= 1441
+    assert sum(int(row["epilogues"]) for row in recorded) >= 1441
 
 
 def test_every_configuration_is_tested(recorded):
@@ -44,8 +44,8 @@ def test_tails_of_resnets_are_fused(recorded):
     rows = {row["architecture"]: row for row in recorded}
     for name in ("seresnet50", "seresnext101_32x8d", "legacy_seresnet18", "legacy_senet154", "seresnet18"):
         if name in rows:
-            assert rows[name]["tails"] == rows[name]["fused"], name
-    assert rows["efficientnet_b0"]["tails"] == "0"
+            assert rows[name]["epilogues"] == rows[name]["fused"], name
+    assert rows["efficientnet_b0"]["epilogues"] == "0"
 
 
 def refuse(*arguments):

@@ -14,14 +14,14 @@ def modules(request, device):
     return fused.eval(), eager.eval()
 
 
-def _arguments(n, tail, device, layout="contiguous"):
+def _arguments(n, epilogue, device, layout="contiguous"):
     x = real_input((n, 12, 5, 7), torch.float32, layout, device)
-    return (x, torch.randn_like(x), "relu") if tail else (x,)
+    return (x, torch.randn_like(x), "relu") if epilogue else (x,)
 
 
-def _export(module, tail, device, strict=False):
-    dynamic = ({0: BATCH}, {0: BATCH}, None) if tail else ({0: BATCH},)
-    program = torch.export.export(module, _arguments(2, tail, device), dynamic_shapes=dynamic, strict=strict)
+def _export(module, epilogue, device, strict=False):
+    dynamic = ({0: BATCH}, {0: BATCH}, None) if epilogue else ({0: BATCH},)
+    program = torch.export.export(module, _arguments(2, epilogue, device), dynamic_shapes=dynamic, strict=strict)
     assert_plain(program)
     return program
 
@@ -43,12 +43,12 @@ def run_onnx(program, *inputs):
     return torch.from_numpy(session.run(None, feeds)[0])
 
 
-@pytest.mark.parametrize("tail", [False, True])
-def test_export_and_onnx(modules, tail, device):
+@pytest.mark.parametrize("epilogue", [False, True])
+def test_export_and_onnx(modules, epilogue, device):
     fused, eager = modules
-    program = _export(fused, tail, device)
+    program = _export(fused, epilogue, device)
     for n in (1, 5):
-        arguments = _arguments(n, tail, device)
+        arguments = _arguments(n, epilogue, device)
         want = eager(*arguments)
         torch.testing.assert_close(program.module()(*arguments), want)
     got = run_onnx(program, *(t for t in arguments if isinstance(t, torch.Tensor)))

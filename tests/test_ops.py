@@ -19,7 +19,7 @@ from attn_kernels.ops.common import scalar, tiling
 from reference.se import ACTIVATIONS, GATES
 from tests.harness import ALL_POOLS, DTYPES, LAYOUTS, MODULES, check
 
-# (shape, with the residual + ReLU tail)
+# (shape, with the residual + ReLU epilogue)
 CASES = {
     "7x7": ((3, 37, 7, 7), True),
     "prime, H != W": ((3, 16, 5, 11), False),
@@ -41,7 +41,7 @@ def _marks(dtype, case):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("module", MODULES)
 def test_against_reference(module, layout, dtype, case, device):
-    shape, tail = CASES[case]
+    shape, epilogue = CASES[case]
     if module == "bam" and shape[0] == 3:
         # BatchNorm over few samples makes of half a unit in x 3 to 50 units in its branch's gradients, in eager as
         # well, whose error is then a matter of luck.
@@ -52,8 +52,8 @@ def test_against_reference(module, layout, dtype, case, device):
         DTYPES[dtype],
         layout,
         device,
-        activation="relu" if tail else None,
-        with_residual=tail,
+        activation="relu" if epilogue else None,
+        with_residual=epilogue,
         training=module != "bam" or shape[0] > 1,  # BatchNorm1d refuses a training batch of one
     )
 
@@ -145,7 +145,7 @@ def test_batch_norm_of_cbam(dtype, kwargs, training, device):
 @pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("with_residual", [True, False])
 @pytest.mark.parametrize("module", MODULES)
-def test_tail(module, with_residual, activation, device):
+def test_epilogue(module, with_residual, activation, device):
     check(
         lambda kit: MODULES[module](kit, 12),
         (2, 12, 7, 9),
@@ -181,11 +181,19 @@ def test_parameters_of_another_dtype(module, parameter_dtype, device):
     h=st.integers(1, 17),
     w=st.integers(1, 17),
     layout=st.sampled_from(sorted(LAYOUTS)),
-    tail=st.booleans(),
+    epilogue=st.booleans(),
 )
-def test_any_shape(module, n, c, h, w, layout, tail, device):
+def test_any_shape(module, n, c, h, w, layout, epilogue, device):
     build = lambda kit: MODULES[module](kit, c)  # noqa: E731
-    check(build, (n, c, h, w), torch.float64, layout, device, activation="relu" if tail else None, with_residual=tail)
+    check(
+        build,
+        (n, c, h, w),
+        torch.float64,
+        layout,
+        device,
+        activation="relu" if epilogue else None,
+        with_residual=epilogue,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

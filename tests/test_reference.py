@@ -180,7 +180,7 @@ def test_simam_does_not_overflow(dtype):
 @every_module
 @pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("with_residual", [False, True])
-def test_tail(name, with_residual, activation):
+def test_epilogue(name, with_residual, activation):
     module, x = MODULES[name]().double().eval(), torch.randn(2, 32, 6, 5, dtype=torch.float64)
     residual = torch.randn_like(x) if with_residual else None
     expected = module(x)

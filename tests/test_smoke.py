@@ -28,21 +28,21 @@ class Moving(reference.SimAM):
 
     calls = 0
 
-    def forward(self, x, *tail):
+    def forward(self, x, *epilogue):
         Moving.calls += 1
-        return super().forward(x, *tail) * (1 if Moving.calls < 2 else 1 + 2**-7)
+        return super().forward(x, *epilogue) * (1 if Moving.calls < 2 else 1 + 2**-7)
 
 
 class Unwritten(reference.SimAM):
     """An element of the output is what torch.empty found in memory."""
 
-    def forward(self, x, *tail):
-        y = super().forward(x, *tail)
+    def forward(self, x, *epilogue):
+        y = super().forward(x, *epilogue)
         return torch.where(torch.arange(y.shape[3]) == 0, torch.empty_like(y), y)
 
 
 class Raising(reference.SimAM):
-    def forward(self, x, *tail):
+    def forward(self, x, *epilogue):
         raise RuntimeError("no kernel image")
 
 

@@ -40,7 +40,7 @@ from reference._common import DTYPES
 
 Filter = Callable[[nn.Module, str], bool]
 
-TAIL = "add + ReLU"
+EPILOGUE = "add + ReLU"
 _KINDS = {"ChannelGate": "CBAM, channel gate", "SpatialGate": "CBAM, spatial gate"}
 # Names that people give to attention of channels or pixels; not those of transformers.
 _NAMES = re.compile(
@@ -220,7 +220,7 @@ class _Fuser:
             elif _takes_se(module, functional.se):
                 return _Outcome(None, row._replace(kind="SE", reason="already fused"))
             elif _takes_se(module, reference.se):
-                row, is_known = row._replace(kind="SE", tail=TAIL), True
+                row, is_known = row._replace(kind="SE", epilogue=EPILOGUE), True
                 fused = self._accepted(module, name) and _se_block_class(cls)
             else:
                 found = plan_for(module)
@@ -230,7 +230,7 @@ class _Fuser:
         except Refused as reason:
             if not is_known and not _looks_like_attention(module, reason):
                 return None
-            return _Outcome(None, row._replace(tail="", reason=str(reason)), is_known)
+            return _Outcome(None, row._replace(epilogue="", reason=str(reason)), is_known)
         return _Outcome(seen_as(module, fused), row._replace(fused=True))
 
     def _accepted(self, module: nn.Module, name: str) -> bool:
@@ -266,8 +266,8 @@ class _Fuser:
         has_gate = _may_have_a_gate(block)
         if not (names or is_known or has_gate):
             return block
-        if isinstance(block, reference.models._Block):  # which hands its tail to the module
-            self._note(names, tail=TAIL if block.attention == "cbam" else "")
+        if isinstance(block, reference.models._Block):  # which hands its epilogue to the module
+            self._note(names, epilogue=EPILOGUE if block.attention == "cbam" else "")
             return block
         try:
             check_names(block)
@@ -275,7 +275,7 @@ class _Fuser:
             twin = None if fusion is None else seen_as(block, block_class(type(block), fusion))
         except Refused as reason:
             own = {f"{name}.{path[0]}" for path in attention if len(path) == 1}
-            self._note(names & own, reason=f"tail not fused: its block {reason}")
+            self._note(names & own, reason=f"epilogue not fused: its block {reason}")
             if has_gate and not attention and not is_known and _pools_and_gates(block):
                 cls = type(block).__name__
                 self.rows.append(Row(name, cls, cls, False, reason=str(reason)))
@@ -290,8 +290,8 @@ class _Fuser:
             if reason:
                 self.rows.append(row._replace(reason=reason))
                 return block
-            self.rows.append(row._replace(fused=True, tail=TAIL if gate.tail else ""))
-        self._note({".".join((name, *path)) for path in fusion.tails}, tail=TAIL)
+            self.rows.append(row._replace(fused=True, epilogue=EPILOGUE if gate.epilogue else ""))
+        self._note({".".join((name, *path)) for path in fusion.epilogues}, epilogue=EPILOGUE)
         return twin
 
     def _note(self, names: set[str], **changes: str) -> None:

@@ -20,10 +20,10 @@ class Row(NamedTuple):
     kind: str
     """What it computes; its class's name where that is not known."""
     fused: bool
-    tail: str = ""
+    epilogue: str = ""
     """"add + ReLU" where the end of the residual block is fused with it."""
     reason: str = ""
-    """Why it, or its tail, was left as it was."""
+    """Why it, or its epilogue, was left as it was."""
 
 
 class FuseReport:
@@ -66,7 +66,13 @@ class FuseReport:
     def __str__(self) -> str:
         heads = "module", "class", "kind", "fused", "reason"
         lines = [
-            (r.name, r.cls, f"{r.kind} + {r.tail}" if r.tail else r.kind, "yes" if r.fused else "left", r.reason)
+            (
+                r.name,
+                r.cls,
+                f"{r.kind} + {r.epilogue}" if r.epilogue else r.kind,
+                "yes" if r.fused else "left",
+                r.reason,
+            )
             for r in self.rows
         ]
         widths = [max(map(len, column)) for column in zip(heads, *lines, strict=True)]

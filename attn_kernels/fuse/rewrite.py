@@ -33,7 +33,7 @@ class Inline(NamedTuple):
     """Attention whose layers stand on a block."""
 
     plan: Plan
-    tail: bool
+    epilogue: bool
     """Whether the add and ReLU behind it are fused with it."""
     forward: Callable[[nn.Module, Tensor], Tensor]
     """The steps that the plan stands for."""
@@ -44,7 +44,7 @@ class Fusion(NamedTuple):
 
     forward: Callable[[nn.Module, Tensor], Tensor]
     guard: Guard
-    tails: tuple[Path, ...]
+    epilogues: tuple[Path, ...]
     """The attention modules that are one call with the add and ReLU behind them."""
     inline: tuple[Inline, ...]
     deferred: tuple[Path, ...]
@@ -76,7 +76,7 @@ def find(block: nn.Module, attention: dict[Path, type[nn.Module]], exact_ties: b
         raise Refused(f"could not be read: {type(error).__name__}: {error}") from error
 
 
-class _Tail(NamedTuple):
+class _Epilogue(NamedTuple):
     """Attention, and the steps of its add and ReLU."""
 
     attention: Attention
@@ -106,22 +106,22 @@ class _Writer:
 
     def fusion(self) -> Fusion | None:
         run = self.run
-        tails = {}
+        epilogues = {}
         for attention in run.found:
-            tail = self.tail(attention)
-            if tail is not None and all(tail.relu != other.relu for other in tails.values()):
-                tails[attention.last] = tail
-        inline = [a for a in run.found if a.child is None and (a.last in tails or self.is_closed(a))]
-        if not tails and not inline:
+            epilogue = self.epilogue(attention)
+            if epilogue is not None and all(epilogue.relu != other.relu for other in epilogues.values()):
+                epilogues[attention.last] = epilogue
+        inline = [a for a in run.found if a.child is None and (a.last in epilogues or self.is_closed(a))]
+        if not epilogues and not inline:
             return None
         for attention in run.found:
-            if attention.last in tails or attention in inline:
-                self.note(attention, tails.get(attention.last))
-        lines = self.lines(tails, [a for a in inline if a.last not in tails])
+            if attention.last in epilogues or attention in inline:
+                self.note(attention, epilogues.get(attention.last))
+        lines = self.lines(epilogues, [a for a in inline if a.last not in epilogues])
         source = "\n    ".join(["def forward(m, v0):", "c = m._modules", *lines, f"return {_name(self.result)}"]) + "\n"
-        found = tuple(t.attention.child for t in tails.values() if t.attention.child is not None)
-        of_block = tuple(Inline(self.plan(a), a.last in tails, self.compiled(self.steps_of(a))) for a in inline)
-        children = [t for t in tails.values() if t.attention.child is not None]
+        found = tuple(t.attention.child for t in epilogues.values() if t.attention.child is not None)
+        of_block = tuple(Inline(self.plan(a), a.last in epilogues, self.compiled(self.steps_of(a))) for a in inline)
+        children = [t for t in epilogues.values() if t.attention.child is not None]
         deferred = tuple(t.attention.child for t in children if t.deferred)
         return Fusion(self.compiled(source), run.reads.guard(), found, of_block, deferred, self.exact_ties, source)
 
@@ -145,11 +145,11 @@ class _Writer:
         """Whether nothing else uses what is between an attention's input and its output."""
         return all(user <= a.last for at in range(a.first, a.last) for user in self.users[at])
 
-    def note(self, attention: Attention, tail: _Tail | None) -> None:
+    def note(self, attention: Attention, epilogue: _Epilogue | None) -> None:
         """Add to the reads what the replaced steps depend on."""
         reads, root = self.run.reads, self.run.root.module
         replaced = range(attention.first, attention.last + 1) if attention.child is None else ()
-        for at in (*replaced, *(tail.passed if tail else ())):
+        for at in (*replaced, *(epilogue.passed if epilogue else ())):
             reads.update(self.steps[at].reads)
         if attention.child is not None:
             owner = Child(attention.child, layer_at(root, attention.child))
@@ -158,12 +158,12 @@ class _Writer:
             for name in ("forward", "attend"):
                 if hasattr(cls, name):
                     reads.class_attribute(cls, name, getattr(cls, name))
-        if tail is not None and isinstance(self.steps[tail.relu].target, Child):
-            reads.update(self.steps[tail.relu].reads)
+        if epilogue is not None and isinstance(self.steps[epilogue.relu].target, Child):
+            reads.update(self.steps[epilogue.relu].reads)
 
     # ---- the add and ReLU behind attention
 
-    def tail(self, attention: Attention) -> _Tail | None:
+    def epilogue(self, attention: Attention) -> _Epilogue | None:
         if not self.is_closed(attention):
             return None
         at, passed = attention.last, []
@@ -185,7 +185,7 @@ class _Writer:
         between = [i for i in range(attention.last + 1, add) if i not in passed]
         if between and not self.commutes(attention, between):
             raise Refused("runs something between its attention and the sum that may change either")
-        return _Tail(attention, residual, add, relu, inplace, tuple(passed), bool(between))
+        return _Epilogue(attention, residual, add, relu, inplace, tuple(passed), bool(between))
 
     def only_user(self, at: int) -> int | None:
         users = self.users[at]
@@ -256,19 +256,19 @@ class _Writer:
 
     # ---- source
 
-    def lines(self, tails: dict[int, _Tail], inline: list[Attention]) -> list[str]:
+    def lines(self, epilogues: dict[int, _Epilogue], inline: list[Attention]) -> list[str]:
         skipped: set[int] = set()
-        for tail in tails.values():
-            a = tail.attention
-            skipped |= {*range(a.first, a.last + 1), *tail.passed, tail.add, tail.relu}
-        by_relu = {t.relu: t for t in tails.values()}
+        for epilogue in epilogues.values():
+            a = epilogue.attention
+            skipped |= {*range(a.first, a.last + 1), *epilogue.passed, epilogue.add, epilogue.relu}
+        by_relu = {t.relu: t for t in epilogues.values()}
         by_last = {a.last: a for a in inline}
         for a in inline:
             skipped |= set(range(a.first, a.last + 1))
         lines: list[str] = []
         for at in range(1, len(self.steps)):
             if at in by_relu:
-                lines += self.fused_tail(by_relu[at])
+                lines += self.fused_epilogue(by_relu[at])
             elif at in by_last:
                 a = by_last[at]
                 plan, x = self.named(self.plan(a)), _name(a.x)
@@ -287,13 +287,13 @@ class _Writer:
         self.names[name] = value
         return name
 
-    def fused_tail(self, tail: _Tail) -> list[str]:
-        a, y = tail.attention, f"v{tail.relu}"
-        x, residual = _name(a.x), _name(tail.residual)
+    def fused_epilogue(self, epilogue: _Epilogue) -> list[str]:
+        a, y = epilogue.attention, f"v{epilogue.relu}"
+        x, residual = _name(a.x), _name(epilogue.residual)
         if a.child is not None:
-            return [f"{y} = add_relu({_child(a.child)}, {x}, {residual}, {tail.inplace})"]
+            return [f"{y} = add_relu({_child(a.child)}, {x}, {residual}, {epilogue.inplace})"]
         plan = self.named(self.plan(a))
-        steps = [*range(a.first, a.last + 1), *tail.passed, tail.add, tail.relu]
+        steps = [*range(a.first, a.last + 1), *epilogue.passed, epilogue.add, epilogue.relu]
         return [
             f"if fits({plan}, m, {x}) and alike({x}, {residual}):",
             f"    {y} = {plan}.compute(m, {x}, {residual}, 'relu', functional)",

@@ -34,7 +34,7 @@ class TestTail:
         eager = randomized(BLOCKS[name]()).to(device).train(training)
         model = nn.Sequential(copy.deepcopy(eager))
         report = fuse_(model)
-        assert [row.tail for row in report.rows] == ["add + ReLU"], report
+        assert [row.epilogue for row in report.rows] == ["add + ReLU"], report
         x = tensor(4, C, 5, 5, layout="channels_last" if training else "contiguous").to(device)
         judge(model[0], eager, copy.deepcopy(eager).double(), x, None, None, torch.randn_like(x))
         assert isinstance(model[0], type(eager))
@@ -116,12 +116,12 @@ class TestTail:
     def test_drop_path(self, device):
         model = nn.Sequential(Block(moskomule.SELayer(C, 4), drop=0.3)).to(device)
         (row,) = fuse_(model).rows
-        assert (row.fused, row.tail) == (True, "")
-        assert row.reason == "tail not fused: its block drops by drop_path with probability 0.3"
+        assert (row.fused, row.epilogue) == (True, "")
+        assert row.reason == "epilogue not fused: its block drops by drop_path with probability 0.3"
         model = nn.Sequential(resnet_block(timm.models.resnet.BasicBlock, "se", False)).to(device)
         model[0].drop_path = timm.layers.DropPath(0.0)
         (row,) = fuse_(model).rows
-        assert row.tail
+        assert row.epilogue
         model[0].drop_path.drop_prob = 0.5  # as timm's schedules do
         assert not model[0].is_fused(tensor(2, C, 5, 5).to(device))
 
@@ -160,7 +160,7 @@ class TestTail:
             assert vars(model[0]) == before
             assert all(m.training for m in model.modules())
 
-    def test_no_tail(self):
+    def test_no_epilogue(self):
         class Used(Block):
             def forward(self, x):
                 gated = self.gate(x)
@@ -181,7 +181,7 @@ class TestTail:
             model = nn.Sequential(kind(moskomule.SELayer(C, 4)))
             (row,) = fuse_(model).rows
             assert row.fused
-            assert not row.tail
+            assert not row.epilogue
             assert type(model[0]) is kind
 
     @pytest.mark.parametrize("gate", [moskomule.SELayer(C, 4), reference.SE(C, 4)], ids=["peer's", "reference's"])
@@ -192,7 +192,7 @@ class TestTail:
 
         eager = Pooled(gate).to(device).eval()
         model, x = nn.Sequential(copy.deepcopy(eager)), tensor(2, C, 5, 5).to(device)
-        assert fuse_(model).rows[0].tail
+        assert fuse_(model).rows[0].epilogue
         torch.testing.assert_close(model(x), eager(x))
 
     def test_shortcut_of_another_dtype(self, device):
@@ -214,7 +214,7 @@ class TestTail:
         for (kind, dtype), gate in cases:
             eager = kind(gate).to(device, torch.bfloat16).eval()
             model = nn.Sequential(copy.deepcopy(eager))
-            assert fuse_(model).rows[0].tail
+            assert fuse_(model).rows[0].epilogue
             x = tensor(2, C, 5, 5, dtype=torch.bfloat16).to(device)
             assert model(x).dtype == eager(x).dtype == dtype
             torch.testing.assert_close(model(x), eager(x), rtol=0.02, atol=0.02)

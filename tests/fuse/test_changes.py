@@ -139,7 +139,7 @@ def test_change_of_a_block(change, device):
 
     eager = Scaled(moskomule.SELayer(C, 4)).to(device).eval()
     model = nn.Sequential(copy.deepcopy(eager))
-    assert fuse_(model).rows[0].tail
+    assert fuse_(model).rows[0].epilogue
     x = tensor(2, C, 5, 4).to(device)
     torch.testing.assert_close(model(x), eager(x))
     for block in (model[0], eager):
@@ -218,7 +218,7 @@ class TestCompiled:
             blocks = [resnet_block(timm.models.resnet.BasicBlock, "se", False).to(device).eval() for _ in range(3)]
             model = nn.Sequential(*blocks)
             if fuse:
-                assert all(row.tail for row in fuse_(model).rows)
+                assert all(row.epilogue for row in fuse_(model).rows)
                 assert len({type(block) for block in model}) == 1
             torch._dynamo.reset()
             graphs = []

@@ -314,9 +314,7 @@ def norm_tile(g: Geometry, whole: bool) -> tuple[Tile, int]:
         block_p //= 2
     # Every program leaves 8 bytes per channel, which every one of the next launch reads, as one tile: so many programs
     # that all of it is no more than the map.
-    programs = min(
-        math.isqrt(g.n * g.p * g.itemsize // 8), tiling.TILE // block_c, cdiv(2 * g.multiprocessors, blocks)
-    )  # fmt: skip
+    programs = min(math.isqrt(g.n * g.p * g.itemsize // 8), tiling.TILE // block_c, cdiv(2 * g.multiprocessors, blocks))
     # The partial sums need registers: half as many bytes per thread.
     tile = Tile.of(g, block_c, block_p, thread_bytes=32)._replace(stages=tiling.STAGES[g.itemsize])
     return tile, min(max(programs, 1), g.n * cdiv(g.p, block_p))
@@ -350,7 +348,7 @@ def _allocate(
 
 def _launch(
     outputs: Outputs, c, weight, bias, add_weight, add_bias, running_mean, running_var, batches, *options
-) -> None:  # fmt: skip
+) -> None:
     n, channels, h, w = c.shape
     options = NormOptions(*options)
     tile, programs = norm_tile(geometry(c), add_weight is not None)
@@ -419,7 +417,7 @@ def _allocate_backward(
 
 def _launch_backward(
     gradients: Gradients, dr, c, weight, bias, add_weight, add_bias, statistics, batch_statistics
-) -> None:  # fmt: skip
+) -> None:
     n, channels, h, w = c.shape
     parameters = Parameters(weight, bias, add_weight, add_bias)
     tile, programs = norm_tile(geometry(c), add_weight is not None)

@@ -122,14 +122,42 @@ backward_op = register(
 class _CBAM(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x, w1, b1, w2, b2, conv_weight, weight, bias, residual, running_mean, running_var, batches,
-        pool_types, batch_statistics, update, momentum, eps, relu,
-    ):  # fmt: skip
+        ctx,
+        x,
+        w1,
+        b1,
+        w2,
+        b2,
+        conv_weight,
+        weight,
+        bias,
+        residual,
+        running_mean,
+        running_var,
+        batches,
+        pool_types,
+        batch_statistics,
+        update,
+        momentum,
+        eps,
+        relu,
+    ):
         parameters = w1, b1, w2, b2, conv_weight, weight, bias
         y, *saved = forward_op(
-            x, *parameters, running_mean, running_var, batches, residual,
-            pool_bits(pool_types), batch_statistics, update, momentum, eps, relu, True,
-        )  # fmt: skip
+            x,
+            *parameters,
+            running_mean,
+            running_var,
+            batches,
+            residual,
+            pool_bits(pool_types),
+            batch_statistics,
+            update,
+            momentum,
+            eps,
+            relu,
+            True,
+        )
         save_tensors(ctx, x, *parameters, *saved)
         ctx.pool_types, ctx.batch_statistics, ctx.eps, ctx.relu = pool_types, batch_statistics, eps, relu
         return y
@@ -145,9 +173,19 @@ class _CBAM(torch.autograd.Function):
             inputs = (x, w1, b1, w2, b2, conv_weight, weight, bias)
             return *reference_gradients(formula, inputs, (dy,)), dy if need_dresidual else None, *no_options
         dx, dresidual, dw1, db1, dw2, db2, dconv, dweight, dbias = backward_op(
-            dy, x, w1, w2, b2, conv_weight, weight, bias, *saved,
-            pool_bits(ctx.pool_types), ctx.batch_statistics, ctx.relu and need_dresidual,
-        )  # fmt: skip
+            dy,
+            x,
+            w1,
+            w2,
+            b2,
+            conv_weight,
+            weight,
+            bias,
+            *saved,
+            pool_bits(ctx.pool_types),
+            ctx.batch_statistics,
+            ctx.relu and need_dresidual,
+        )
         return (
             dx,
             None if w1 is None else dw1,

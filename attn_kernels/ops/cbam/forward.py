@@ -38,9 +38,7 @@ from reference._common import accumulation_dtype
 MLP = Mlp("relu", "sigmoid")
 
 
-@triton.jit(
-    do_not_specialize=["flags", "epoch", "N", "groups", "lookahead"], do_not_specialize_on_alignment=["S"]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["flags", "epoch", "N", "groups", "lookahead"], do_not_specialize_on_alignment=["S"])
 def channel_gates_kernel(
     x_ptr,  # (N, C, P)
     weights,  # of the MLP
@@ -74,9 +72,17 @@ def channel_gates_kernel(
         partials = J
     scratch = scratch_pointers(scratch_ptr + tl.cast(N, tl.int64) * C, size, partials, POOLS, WORK.joined)
     second, group, task = task_of(
-        tl.program_id(0), epoch, groups, lookahead, S, first_tasks, hidden_tasks, second_tasks, second_tasks,
+        tl.program_id(0),
+        epoch,
+        groups,
+        lookahead,
+        S,
+        first_tasks,
+        hidden_tasks,
+        second_tasks,
+        second_tasks,
         WORK.single,
-    )  # fmt: skip
+    )
     sync = group_flags(scratch_ptr, flags, epoch, groups, group, first_tasks, hidden_tasks)
     if not second:
         pool_ptr = saved_ptr + tl.cast(N, tl.int64) * K * extent.R

@@ -131,9 +131,7 @@ def gated_grad(b_dy, spatial, at, o_c, TILE: tl.constexpr):
 
 
 @triton.jit
-def _sum_planes(
-    dy_ptr, mask_ptr, x_ptr, spatial, at, end, AVG: tl.constexpr, EVICT: tl.constexpr, TILE: tl.constexpr
-):  # fmt: skip
+def _sum_planes(dy_ptr, mask_ptr, x_ptr, spatial, at, end, AVG: tl.constexpr, EVICT: tl.constexpr, TILE: tl.constexpr):
     """sum_p dy * x and sum_p x of a part of a sample, from the place on."""
     BLOCK_C: tl.constexpr = TILE.block_c
     BLOCK_P: tl.constexpr = TILE.block_p
@@ -152,9 +150,18 @@ def _sum_planes(
 
 @triton.jit
 def _sum_samples(
-    dy_ptr, mask_ptr, x_ptr, spatial, group, c, size, AVG: tl.constexpr, EVICT: tl.constexpr, WORK: tl.constexpr,
+    dy_ptr,
+    mask_ptr,
+    x_ptr,
+    spatial,
+    group,
+    c,
+    size,
+    AVG: tl.constexpr,
+    EVICT: tl.constexpr,
+    WORK: tl.constexpr,
     TILE: tl.constexpr,
-):  # fmt: skip
+):
     """[SAMPLES, BLOCK_C] sums of dy * x and of x over the planes of several samples, a tile each."""
     BLOCK_C: tl.constexpr = TILE.block_c
     SAMPLES: tl.constexpr = WORK.samples
@@ -227,9 +234,7 @@ def _dgate(
         b_dgates = tl.expand_dims(b_dgate, 0)
         b_sums = tl.expand_dims(b_sum, 0)
     else:
-        b_dgates, b_sums = _sum_samples(
-            dy_ptr, mask_ptr, x_ptr, spatial, group, c, size, POOLS.avg, EVICT, WORK, TILE
-        )  # fmt: skip
+        b_dgates, b_sums = _sum_samples(dy_ptr, mask_ptr, x_ptr, spatial, group, c, size, POOLS.avg, EVICT, WORK, TILE)
     if not WORK.joined:
         _store_pools(scratch.pool, argmax_ptr, x_ptr, b_sums, group, o_c, size, POOLS, TILE)
     o_n = group * SAMPLES + tl.arange(0, SAMPLES)
@@ -258,9 +263,7 @@ def _dgate(
 
 
 @triton.jit
-def _join(
-    x_ptr, argmax_ptr, scratch, given_up, group, i_j, size, POOLS: tl.constexpr, TILE: tl.constexpr
-):  # fmt: skip
+def _join(x_ptr, argmax_ptr, scratch, given_up, group, i_j, size, POOLS: tl.constexpr, TILE: tl.constexpr):
     """``dlogit`` and the pools of a split plane, from what its parts have left: for the weights' gradients alone."""
     BLOCK_C: tl.constexpr = TILE.block_c
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -282,9 +285,17 @@ def _join(
 
 @triton.jit
 def _hidden_grad(
-    scratch, preactivation_ptr, given_up, group, task, J, size, K: tl.constexpr, ACTIVATION: tl.constexpr,
+    scratch,
+    preactivation_ptr,
+    given_up,
+    group,
+    task,
+    J,
+    size,
+    K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     WORK: tl.constexpr,
-):  # fmt: skip
+):
     """dpreactivation = act' * fc2^T @ dlogit for every pool, BLOCK_E elements of a group of samples."""
     R = size.R
     ACC: tl.constexpr = scratch.dpartial.dtype.element_ty
@@ -297,9 +308,7 @@ def _hidden_grad(
 
 
 @triton.jit
-def _dpool(
-    dpreactivation_ptr, w1_ptr, given_up, group, k, o_c, size, K: tl.constexpr, WORK: tl.constexpr
-):  # fmt: skip
+def _dpool(dpreactivation_ptr, w1_ptr, given_up, group, k, o_c, size, K: tl.constexpr, WORK: tl.constexpr):
     """[SAMPLES, BLOCK_C] gradients of the k-th pool of a group of samples: fc1^T @ dpreactivation_k."""
     SAMPLES: tl.constexpr = WORK.samples
     ACC: tl.constexpr = dpreactivation_ptr.dtype.element_ty
@@ -353,9 +362,16 @@ def _pool_grads(b_davgs, b_dmaxs, b_dlps, b_dlses, argmax_ptr, kept_ptr, row, i_
 
 @triton.jit
 def _dweights(
-    saved_ptr, scratch, gradients, given_up, task, size, POOLS: tl.constexpr, ACTIVATION: tl.constexpr,
+    saved_ptr,
+    scratch,
+    gradients,
+    given_up,
+    task,
+    size,
+    POOLS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """dw2 = dlogit^T @ hidden, dw1 = dpreactivation^T @ pool, and the biases' sums, of a block of C x R.
 
     16 samples at a time.
@@ -426,9 +442,7 @@ def gates_kernel(
     excite(preactivation_ptr, w2_ptr, b2_ptr, gate_ptr, False, pid // J, c, size, K, MLP, WORK, BLOCK_C)
 
 
-@triton.jit(
-    do_not_specialize=["flags", "epoch", "N", "groups", "lookahead"], do_not_specialize_on_alignment=["S"]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["flags", "epoch", "N", "groups", "lookahead"], do_not_specialize_on_alignment=["S"])
 def gate_bwd_kernel(
     dy_ptr,  # (N, C, P)
     mask_ptr,  # bits of the ReLU, or None
@@ -473,7 +487,7 @@ def gate_bwd_kernel(
         weight_task = tl.where(epoch == WEIGHTS, pid, -1)
     second, group, task = task_of(
         pid, epoch, groups, lookahead, S, first_tasks, hidden_tasks, hidden_tasks, second_tasks, WORK.single
-    )  # fmt: skip
+    )
     sync = group_flags(scratch_ptr, flags, epoch, groups, group, first_tasks, hidden_tasks)
     # Behind the flags of all hidden layers are those of the joins, and one for all of them.
     p_hidden = sync.given_up + 1 + groups * first_tasks
@@ -487,9 +501,23 @@ def gate_bwd_kernel(
     elif not second:
         if WORK.single or epoch != JOIN:
             _dgate(
-                dy_ptr, mask_ptr, x_ptr, spatial, weights, saved_ptr, argmax_ptr, scratch, group, task, size,
-                POOLS, MLP, X_EVICT, WORK, TILE,
-            )  # fmt: skip
+                dy_ptr,
+                mask_ptr,
+                x_ptr,
+                spatial,
+                weights,
+                saved_ptr,
+                argmax_ptr,
+                scratch,
+                group,
+                task,
+                size,
+                POOLS,
+                MLP,
+                X_EVICT,
+                WORK,
+                TILE,
+            )
         signal(sync.first + task, sync, WORK.single)
         if WORK.joined:
             # Behind the signal: of the other tasks none waits for this, only the weights.

@@ -27,9 +27,7 @@ from attn_kernels.ops.common.tile import Place, aligned, load_tile
 from attn_kernels.ops.common.tiling import geometry
 
 
-@triton.jit(
-    do_not_specialize=["flags", "epoch", "N", "groups", "lookahead"], do_not_specialize_on_alignment=["S"]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["flags", "epoch", "N", "groups", "lookahead"], do_not_specialize_on_alignment=["S"])
 def channel_gate_kernel(
     x_ptr,  # (N, C, P)
     residual_ptr,  # (N, C, P) or None
@@ -63,9 +61,17 @@ def channel_gate_kernel(
     hidden_tasks = tl.cdiv(SAMPLES * K * extent.R, WORK.block_e)
     second_tasks = hidden_tasks + first_tasks
     second, group, task = task_of(
-        tl.program_id(0), epoch, groups, lookahead, S, first_tasks, hidden_tasks, hidden_tasks, second_tasks,
+        tl.program_id(0),
+        epoch,
+        groups,
+        lookahead,
+        S,
+        first_tasks,
+        hidden_tasks,
+        hidden_tasks,
+        second_tasks,
         WORK.single,
-    )  # fmt: skip
+    )
     sync = group_flags(scratch_ptr, flags, epoch, groups, group, first_tasks, hidden_tasks)
     pool_ptr = None
     if saved_ptr is None:
@@ -84,9 +90,7 @@ def channel_gate_kernel(
         signal(sync.first + task, sync, WORK.single)
     elif task < hidden_tasks:
         given_up = wait(sync.first, first_tasks, sync, WORK.single)
-        hidden_layer(
-            scratch.partial, weights.b1, preactivation_ptr, given_up, group, task, partials, size, POOLS, WORK
-        )  # fmt: skip
+        hidden_layer(scratch.partial, weights.b1, preactivation_ptr, given_up, group, task, partials, size, POOLS, WORK)
         signal(sync.hidden + task, sync, WORK.single)
     else:
         given_up = wait(sync.hidden, hidden_tasks, sync, WORK.single)
@@ -94,7 +98,7 @@ def channel_gate_kernel(
         c = (task - hidden_tasks) // S * BLOCK_C
         b_gates = excite(
             preactivation_ptr, weights.w2, weights.b2, None, given_up, group, c, size, K, MLP, WORK, BLOCK_C
-        )  # fmt: skip
+        )
         # Tiles of one plane, or of one plane each.
         begin, end, STEP = i_s * extent.chunk, tl.minimum(i_s * extent.chunk + extent.chunk, P), TILE.block_p
         if SAMPLES > 1:

@@ -91,9 +91,7 @@ class ChannelPlan:
         """For a hidden layer of ``elements`` per sample."""
         block_r = self.bwd_block_r if backward else self.block_r
         block_e = min(max(next_power_of_2(self.samples * elements), 16), HIDDEN_ELEMENTS)
-        return Work(
-            self.single_launch, joined, self.samples, self.plane_stages, block_r, block_e, self.weight_block
-        )  # fmt: skip
+        return Work(self.single_launch, joined, self.samples, self.plane_stages, block_r, block_e, self.weight_block)
 
 
 @functools.lru_cache

@@ -69,9 +69,7 @@ class Rows(NamedTuple):
 
 
 @triton.jit
-def fc1(
-    rows, w1_ptr, partial_ptr, group, i_j, o_c, J, size, POOLS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+def fc1(rows, w1_ptr, partial_ptr, group, i_j, o_c, J, size, POOLS: tl.constexpr, BLOCK: tl.constexpr):
     """The i_j-th of J partial sums of fc1: the products of the channels o_c."""
     SAMPLES: tl.constexpr = rows.avg.shape[0]
     R = size.R

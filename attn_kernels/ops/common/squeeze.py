@@ -87,9 +87,18 @@ def _pool_done(b_rows, row, b_pool, pool_ptr, at, k, L: tl.constexpr, STORED: tl
 
 @triton.jit
 def _squeeze_samples(
-    x_ptr, w1_ptr, pool_ptr, argmax_ptr, scratch, group, i_j, size, POOLS: tl.constexpr, WORK: tl.constexpr,
+    x_ptr,
+    w1_ptr,
+    pool_ptr,
+    argmax_ptr,
+    scratch,
+    group,
+    i_j,
+    size,
+    POOLS: tl.constexpr,
+    WORK: tl.constexpr,
     TILE: tl.constexpr,
-):  # fmt: skip
+):
     """:func:`squeeze_planes` of several samples, whose planes are a tile each."""
     BLOCK_C: tl.constexpr = TILE.block_c
     BLOCK_P: tl.constexpr = TILE.block_p
@@ -281,13 +290,21 @@ def squeeze_planes(
 
 @triton.jit
 def squeeze(
-    x_ptr, w1_ptr, pool_ptr, argmax_ptr, scratch, sync, group, task, size, POOLS: tl.constexpr, WORK: tl.constexpr,
+    x_ptr,
+    w1_ptr,
+    pool_ptr,
+    argmax_ptr,
+    scratch,
+    sync,
+    group,
+    task,
+    size,
+    POOLS: tl.constexpr,
+    WORK: tl.constexpr,
     TILE: tl.constexpr,
-):  # fmt: skip
+):
     """The pools of a task, and its partial sums of fc1; pointers as :func:`squeeze_planes` describes them."""
     if WORK.samples == 1:
-        squeeze_planes(
-            x_ptr, w1_ptr, pool_ptr, argmax_ptr, scratch, sync, group, task, size, False, POOLS, WORK, TILE
-        )  # fmt: skip
+        squeeze_planes(x_ptr, w1_ptr, pool_ptr, argmax_ptr, scratch, sync, group, task, size, False, POOLS, WORK, TILE)
     else:
         _squeeze_samples(x_ptr, w1_ptr, pool_ptr, argmax_ptr, scratch, group, task, size, POOLS, WORK, TILE)
