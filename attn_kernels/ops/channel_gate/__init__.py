@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attn_kernels.ops.channel_gate.backward import Gradients, SpatialGrad, launch_backward
+from attn_kernels.ops.channel_gate.backward import Gradients, launch_backward
 from attn_kernels.ops.channel_gate.forward import Outputs, launch_forward
 from attn_kernels.ops.common.epilogue import empty_dresidual, empty_mask, unmask
 from attn_kernels.ops.common.excite import Mlp, Weights, empty_dweights
@@ -30,6 +30,7 @@ from attn_kernels.ops.common.operator import (
     saved_tensors,
 )
 from attn_kernels.ops.common.pools import empty_argmax, empty_saved, pool_bits
+from attn_kernels.ops.common.spatial_grad import SpatialGrad
 from reference.cbam import POOLS
 from reference.se import GATES
 from reference.se import mlp as mlp_formula

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from attn_kernels.ops.channel_gate.plan import ChannelPlan, channel_plan
 from attn_kernels.ops.common import device
-from attn_kernels.ops.common.activations import activate, activate_bwd, gate_bwd
+from attn_kernels.ops.common.activations import gate_bwd
 from attn_kernels.ops.common.epilogue import load_epilogue_grad, optional
-from attn_kernels.ops.common.excite import Extent, Mlp, Sizes, Weights, excite, hidden_elements
+from attn_kernels.ops.common.excite import Extent, Mlp, Sizes, Weights, excite
+from attn_kernels.ops.common.excite_bwd import dpool, dweights, hidden_grad, load_gates
 from attn_kernels.ops.common.grid_sync import (
     JOIN,
     WEIGHTS,
@@ -36,19 +37,9 @@ from attn_kernels.ops.common.grid_sync import (
 )
 from attn_kernels.ops.common.matmul import get_row, load_weight, matmul_nt, put_row
 from attn_kernels.ops.common.pools import AVERAGE, Pools, pools_of
-from attn_kernels.ops.common.reduce import sum_partials
+from attn_kernels.ops.common.spatial_grad import SpatialGrad, gated_grad
 from attn_kernels.ops.common.tile import Place, aligned, at_pixel, load_elements, load_tile, pixels, store_tile
 from attn_kernels.ops.common.tiling import Tile, geometry
-
-
-class SpatialGrad(NamedTuple):
-    """What a spatial gate behind the channel gate adds to dy: both None without one.
-
-    ``maps`` (N, 3, P): its gate, the gradient of its maximum, and of each channel by its mean; ``argmax`` (N, P).
-    """
-
-    maps: Tensor | None = None
-    argmax: Tensor | None = None
 
 
 class Gradients(NamedTuple):
@@ -111,23 +102,6 @@ def _scratch_pointers(scratch_ptr, size, tasks, POOLS: tl.constexpr):
         scratch_ptr + begin.dpartial,
         scratch_ptr + begin.stats,
     )
-
-
-@triton.jit
-def gated_grad(b_dy, spatial, at, o_c, TILE: tl.constexpr):
-    """The gradient of the channel-gated x: dy itself, or behind a spatial gate dy * gate plus that gate's pools."""
-    if spatial.maps is not None:
-        P = at.P
-        o_p = pixels(at, TILE)
-        m_p = o_p < P
-        p_map = spatial.maps + at.sample * 3 * P + o_p
-        b_gate = tl.load(p_map, mask=m_p, other=0)
-        b_dmax = tl.load(p_map + P, mask=m_p, other=0)
-        b_dmean = tl.load(p_map + 2 * P, mask=m_p, other=0)
-        b_argmax = tl.load(spatial.argmax + at.sample * P + o_p, mask=m_p, other=0).to(tl.int32)
-        b_dpools = tl.where(o_c[:, None] == b_argmax[None, :], (b_dmax + b_dmean)[None, :], b_dmean[None, :])
-        b_dy = b_dy * b_gate[None, :] + b_dpools
-    return b_dy
 
 
 @triton.jit
@@ -284,60 +258,6 @@ def _join(x_ptr, argmax_ptr, scratch, given_up, group, i_j, size, POOLS: tl.cons
 
 
 @triton.jit
-def _hidden_grad(
-    scratch,
-    preactivation_ptr,
-    given_up,
-    group,
-    task,
-    J,
-    size,
-    K: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    WORK: tl.constexpr,
-):
-    """dpreactivation = act' * fc2^T @ dlogit for every pool, BLOCK_E elements of a group of samples."""
-    R = size.R
-    ACC: tl.constexpr = scratch.dpartial.dtype.element_ty
-    i_n, o_r, m = hidden_elements(group, task, size.N, R, WORK)
-    b_dhidden = unless(given_up, sum_partials(scratch.dpartial, i_n, o_r, m, J, R, ACC, WORK.block_e))
-    for k in tl.static_range(K):
-        o_pre = (i_n * K + k) * R + o_r
-        b_pre = tl.load(preactivation_ptr + o_pre, mask=m, other=0)
-        tl.store(scratch.dpreactivation + o_pre, activate_bwd(b_dhidden, b_pre, ACTIVATION), mask=m)
-
-
-@triton.jit
-def _dpool(dpreactivation_ptr, w1_ptr, given_up, group, k, o_c, size, K: tl.constexpr, WORK: tl.constexpr):
-    """[SAMPLES, BLOCK_C] gradients of the k-th pool of a group of samples: fc1^T @ dpreactivation_k."""
-    SAMPLES: tl.constexpr = WORK.samples
-    ACC: tl.constexpr = dpreactivation_ptr.dtype.element_ty
-    R = size.R
-    o_n = (group * SAMPLES + tl.arange(0, SAMPLES)).to(tl.int64)[:, None]
-    m_n = o_n < size.N
-    b_dpool = tl.zeros([SAMPLES, o_c.shape[0]], ACC)
-    for r in range(0, R, WORK.block_r):
-        o_r = r + tl.arange(0, WORK.block_r)
-        pointers = dpreactivation_ptr + (o_n * K + k) * R + o_r[None, :]
-        b_dpre = tl.load(pointers, mask=m_n & (o_r < R)[None, :], other=0, cache_modifier=".cg")
-        b_dpool += matmul_nt(b_dpre, tl.trans(load_weight(w1_ptr, o_r, o_c, R, size.C, ACC)))
-    return unless(given_up, b_dpool)
-
-
-@triton.jit
-def _load_gates(gate_ptr, given_up, group, o_c, N, C, SAMPLES: tl.constexpr):
-    """[BLOCK_C] gates that other programs have stored, or [SAMPLES, BLOCK_C]; NaN where given up."""
-    if SAMPLES == 1:
-        b_gates = tl.load(gate_ptr + tl.cast(group, tl.int64) * C + o_c, mask=o_c < C, other=0, cache_modifier=".cg")
-    else:
-        o_n = (group * SAMPLES + tl.arange(0, SAMPLES)).to(tl.int64)[:, None]
-        b_gates = tl.load(
-            gate_ptr + o_n * C + o_c[None, :], mask=(o_n < N) & (o_c < C)[None, :], other=0, cache_modifier=".cg"
-        )
-    return unless(given_up, b_gates)
-
-
-@triton.jit
 def _pool_grads(b_davgs, b_dmaxs, b_dlps, b_dlses, argmax_ptr, kept_ptr, row, i_n, o_c, C, POOLS: tl.constexpr):
     """Of a sample: gradients of average and maximum, the maximum's pixel, factors of x and exp(x - lse), and lse."""
     m_c = o_c < C
@@ -358,65 +278,6 @@ def _pool_grads(b_davgs, b_dmaxs, b_dlps, b_dlses, argmax_ptr, kept_ptr, row, i_
         b_dlse = get_row(b_dlses, row)
         b_lse = tl.load(p_kept + POOLS.lp * C, mask=m_c, other=0)
     return b_davg, b_dmax, b_argmax, b_dlp, b_dlse, b_lse
-
-
-@triton.jit
-def _dweights(
-    saved_ptr,
-    scratch,
-    gradients,
-    given_up,
-    task,
-    size,
-    POOLS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """dw2 = dlogit^T @ hidden, dw1 = dpreactivation^T @ pool, and the biases' sums, of a block of C x R.
-
-    16 samples at a time.
-    """
-    ACC: tl.constexpr = saved_ptr.dtype.element_ty
-    K: tl.constexpr = POOLS.K
-    COMPUTED: tl.constexpr = POOLS.avg + POOLS.max
-    N, C, R = size.N, size.C, size.R
-    kept_ptr = saved_ptr + tl.cast(N, tl.int64) * K * R
-    i_c = task // tl.cdiv(R, BLOCK)
-    i_r = task % tl.cdiv(R, BLOCK)
-    o_c = (i_c * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    o_r = (i_r * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    m_c = o_c < C
-    m_r = o_r < R
-    b_dw1 = tl.zeros([BLOCK, BLOCK], ACC)
-    b_dw2 = tl.zeros([BLOCK, BLOCK], ACC)
-    b_db1 = tl.zeros([BLOCK], ACC)
-    b_db2 = tl.zeros([BLOCK], ACC)
-    for n in range(0, N, 16):
-        o_n = (n + tl.arange(0, 16)).to(tl.int64)
-        m_n = o_n < N
-        m_cn = m_c[:, None] & m_n[None, :]
-        m_nr = m_n[:, None] & m_r[None, :]
-        p_dlogit = scratch.dlogit + o_n[None, :] * C + o_c[:, None]
-        b_dlogit = tl.load(p_dlogit, mask=m_cn, other=0, cache_modifier=".cg")
-        b_db2 += tl.sum(b_dlogit, axis=1)
-        b_hidden = tl.zeros([16, BLOCK], ACC)
-        for k in tl.static_range(K):
-            o_hidden = (o_n[:, None] * K + k) * R + o_r[None, :]
-            b_hidden += activate(tl.load(saved_ptr + o_hidden, mask=m_nr, other=0), ACTIVATION)
-            b_dpre = tl.load(scratch.dpreactivation + o_hidden, mask=m_nr, other=0, cache_modifier=".cg")
-            b_db1 += tl.sum(b_dpre, axis=0)
-            if k < COMPUTED:
-                p_pool = scratch.pool + (o_n[None, :] * COMPUTED + k) * C
-            else:
-                p_pool = kept_ptr + (o_n[None, :] * (POOLS.lp + POOLS.lse) + (k - COMPUTED)) * C
-            b_pool = tl.load(p_pool + o_c[:, None], mask=m_cn, other=0, cache_modifier=".cg")
-            b_dw1 += tl.dot(b_pool, b_dpre, input_precision="ieee", out_dtype=ACC)
-        b_dw2 += tl.dot(b_dlogit, b_hidden, input_precision="ieee", out_dtype=ACC)
-    m_cr = m_c[:, None] & m_r[None, :]
-    tl.store(gradients.w1 + o_r[None, :] * C + o_c[:, None], unless(given_up, b_dw1), mask=m_cr)
-    tl.store(gradients.w2 + o_c[:, None] * R + o_r[None, :], unless(given_up, b_dw2), mask=m_cr)
-    tl.store(gradients.b1 + o_r, unless(given_up, b_db1), mask=o_r < tl.where(i_c == 0, R, 0))
-    tl.store(gradients.b2 + o_c, unless(given_up, K * b_db2), mask=o_c < tl.where(i_r == 0, C, 0))
 
 
 @triton.jit
@@ -497,7 +358,7 @@ def gate_bwd_kernel(
     rest = tl.where((weight_task < 0) & second, task - hidden_tasks, -1)  # task of REST, or negative
     if weight_task >= 0:
         given_up = wait(p_all, 1, sync, WORK.single)
-        _dweights(saved_ptr, scratch, gradients, given_up, weight_task, size, POOLS, MLP.activation, WORK.block_w)
+        dweights(saved_ptr, scratch, gradients, given_up, weight_task, size, POOLS, MLP.activation, WORK.block_w)
     elif not second:
         if WORK.single or epoch != JOIN:
             _dgate(
@@ -530,7 +391,7 @@ def gate_bwd_kernel(
                 signal(p_join + group * J + task // S, sync, WORK.single)
     elif task < hidden_tasks:
         given_up = wait(sync.first, first_tasks, sync, WORK.single)
-        _hidden_grad(scratch, saved_ptr, given_up, group, task, first_tasks, size, K, MLP.activation, WORK)
+        hidden_grad(scratch, saved_ptr, given_up, group, task, first_tasks, size, K, MLP.activation, WORK)
         if WORK.single:
             if not given_up:  # who waits for it reads what the first phase has left, too
                 signal(sync.hidden + task, sync, True)
@@ -551,21 +412,21 @@ def gate_bwd_kernel(
         b_dlps = b_davgs
         b_dlses = b_davgs
         if POOLS.avg:
-            b_davgs = _dpool(dpre_ptr, weights.w1, given_up, group, 0, o_c, size, K, WORK) / P
+            b_davgs = dpool(dpre_ptr, weights.w1, given_up, group, 0, o_c, size, K, WORK) / P
         if POOLS.max:
-            b_dmaxs = _dpool(dpre_ptr, weights.w1, given_up, group, POOLS.avg, o_c, size, K, WORK)
+            b_dmaxs = dpool(dpre_ptr, weights.w1, given_up, group, POOLS.avg, o_c, size, K, WORK)
         if POOLS.lp:
-            b_dlps = _dpool(dpre_ptr, weights.w1, given_up, group, POOLS.avg + POOLS.max, o_c, size, K, WORK)
+            b_dlps = dpool(dpre_ptr, weights.w1, given_up, group, POOLS.avg + POOLS.max, o_c, size, K, WORK)
         if POOLS.lse:
-            b_dlses = _dpool(dpre_ptr, weights.w1, given_up, group, K - 1, o_c, size, K, WORK)
+            b_dlses = dpool(dpre_ptr, weights.w1, given_up, group, K - 1, o_c, size, K, WORK)
         # Tiles of one plane, or of one plane each.
         begin, end, STEP = i_s * extent.chunk, tl.minimum(i_s * extent.chunk + extent.chunk, P), TILE.block_p
         if SAMPLES > 1:
             begin, end, STEP = 0, tl.minimum(SAMPLES, N - group * SAMPLES), 1
-            b_gates = _load_gates(scratch.gate, given_up, group, o_c, N, C, SAMPLES)
+            b_gates = load_gates(scratch.gate, given_up, group, o_c, N, C, SAMPLES)
         else:
             i_n = tl.cast(group, tl.int64)
-            b_gate = _load_gates(scratch.gate, given_up, group, o_c, N, C, SAMPLES)
+            b_gate = load_gates(scratch.gate, given_up, group, o_c, N, C, SAMPLES)
             b_davg, b_dmax, b_argmax, b_dlp, b_dlse, b_lse = _pool_grads(
                 b_davgs, b_dmaxs, b_dlps, b_dlses, argmax_ptr, kept_ptr, 0, i_n, o_c, C, POOLS
             )

@@ -6,6 +6,7 @@
 - ``reduce``: maxima with their index, sums of partial sums; ``matmul``: products of a layer's weights.
 - ``activations``; ``batch_norm`` and ``moments``: norms on the host and on the device.
 - ``scalar``: numbers as arguments of kernels.
-- ``pools``, ``squeeze`` and ``excite``: the pools and the MLP of a channel gate, which two operators use.
+- ``pools``, ``squeeze``, ``excite`` and ``excite_bwd``: the pools and the MLP of a channel gate; ``spatial_grad``: the
+  gradient of a spatial gate behind it.
 - ``grid_sync``: dependent phases in one launch.
 """
