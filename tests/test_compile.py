@@ -391,7 +391,7 @@ class TestAddresses:
 
 @triton.jit
 def _offsets_kernel(offsets_ptr, c, p, C, P, TILE: tl.constexpr):
-    offsets, _ = tile_offsets(Place(tl.program_id(0).to(tl.int64), c, p, C, P), TILE)
+    offsets = tile_offsets(Place(tl.program_id(0).to(tl.int64), c, p, C, P), TILE)
     tl.store(offsets_ptr + tl.arange(0, 2)[:, None] * 2 + tl.arange(0, 2)[None, :], offsets)
 
 

@@ -57,8 +57,8 @@ def channel_gate_kernel(
     C, P = aligned(extent.C, extent.P, TILE)
     size = Sizes(N, C, P, extent.R, S, extent.chunk)
     J = tl.cdiv(C, BLOCK_C)
-    first_tasks = J * S
     hidden_tasks = tl.cdiv(SAMPLES * K * extent.R, WORK.block_e)
+    first_tasks = J * S
     second_tasks = hidden_tasks + first_tasks
     second, group, task = task_of(
         tl.program_id(0),

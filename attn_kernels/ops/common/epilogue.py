@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attn_kernels.ops.common.layout import is_channels_last
-from attn_kernels.ops.common.tile import NORMAL, tile_offsets
+from attn_kernels.ops.common.tile import NORMAL, tile_mask, tile_offsets
 
 
 @triton.jit
@@ -67,8 +67,9 @@ def store_epilogue(
 
     The residual may have another dtype than y's tensor. The sum is made before anything is rounded.
     """
-    offsets, m = tile_offsets(at, TILE)
+    m = tile_mask(at, TILE)
     sample = at.sample * at.C * at.P
+    offsets = tile_offsets(at, TILE)
     if residual_ptr is not None:
         b_residual = tl.load(residual_ptr + sample + offsets, mask=m, other=0, eviction_policy=EVICT)
         b_y = (b_y + b_residual.to(tl.float64 if b_residual.dtype == tl.float64 else b_y.dtype)).to(b_y.dtype)
@@ -83,8 +84,9 @@ def store_epilogue(
 def load_epilogue_grad(dy_ptr, mask_ptr, dresidual_ptr, at, TILE: tl.constexpr, EVICT: tl.constexpr = NORMAL):
     """dy of a tile behind the ReLU, which is the residual's gradient too, and is stored where that is wanted."""
     ACC: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
-    offsets, m = tile_offsets(at, TILE)
+    m = tile_mask(at, TILE)
     sample = at.sample * at.C * at.P
+    offsets = tile_offsets(at, TILE)
     b_dy = tl.load(dy_ptr + sample + offsets, mask=m, other=0, eviction_policy=EVICT).to(ACC)
     if mask_ptr is not None:
         b_dy = tl.where(_load_mask(mask_ptr, at, TILE) != 0, b_dy, 0.0)
