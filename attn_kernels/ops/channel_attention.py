@@ -66,8 +66,8 @@ def squeeze_kernel(
     flags,  # where they begin in scratch
     epoch,  # of a single launch, else its phase
     N,
+    S,  # parts of a plane
     extent,  # C, P, no hidden units, and pixels of a part
-    S,
     POOLS: tl.constexpr,
     WORK: tl.constexpr,
     TILE: tl.constexpr,
@@ -213,8 +213,8 @@ def _launch_pool(outputs: tuple[Tensor, Tensor], x: Tensor, pools: int) -> None:
             flags=flags,
             epoch=epoch,
             N=n,
-            extent=Extent(c, h * w, 0, plan.chunk),
             S=plan.splits,
+            extent=Extent(c, h * w, 0, plan.chunk),
             POOLS=pools_of(pools),
             WORK=plan.work(0, plan.is_split),
             TILE=tile,

@@ -50,8 +50,8 @@ def channel_gates_kernel(
     N,
     groups,
     lookahead,
+    S,  # parts of a plane
     extent,  # C, P, R and pixels of a part
-    S,
     POOLS: tl.constexpr,
     MLP: tl.constexpr,
     WORK: tl.constexpr,
@@ -300,8 +300,8 @@ def _launch_channel_gates(
             N=n,
             groups=plan.groups,
             lookahead=plan.lookahead,
-            extent=extent,
             S=plan.splits,
+            extent=extent,
             POOLS=pool_set,
             MLP=MLP,
             WORK=work,

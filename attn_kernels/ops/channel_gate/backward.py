@@ -319,8 +319,8 @@ def gate_bwd_kernel(
     N,
     groups,
     lookahead,
+    S,  # parts of a plane
     extent,  # C, P, R and pixels of a part
-    S,
     POOLS: tl.constexpr,
     MLP: tl.constexpr,
     WORK: tl.constexpr,
@@ -524,8 +524,8 @@ def launch_backward(
             N=n,
             groups=plan.groups,
             lookahead=plan.lookahead,
-            extent=extent,
             S=plan.splits,
+            extent=extent,
             POOLS=pool_set,
             MLP=mlp,
             WORK=work,

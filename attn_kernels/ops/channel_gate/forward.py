@@ -42,8 +42,8 @@ def channel_gate_kernel(
     N,
     groups,
     lookahead,
+    S,  # parts of a plane
     extent,  # C, P, R and pixels of a part
-    S,
     RELU: tl.constexpr,
     POOLS: tl.constexpr,
     MLP: tl.constexpr,
@@ -156,8 +156,8 @@ def launch_forward(
             N=n,
             groups=plan.groups,
             lookahead=plan.lookahead,
-            extent=extent,
             S=plan.splits,
+            extent=extent,
             RELU=relu,
             POOLS=pool_set,
             MLP=mlp,
