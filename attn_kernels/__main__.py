@@ -20,10 +20,9 @@ import attn_kernels
 import reference
 from attn_kernels import functional
 from reference._common import DTYPES
+from reference.catalogue import LAYOUTS, OPERATORS
 
 CHANNELS = 16
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-NAMES = ("SE", "ChannelGate", "SpatialGate", "CBAM", "BAM", "SimAM")
 # Of the greatest value: float32 with sums of a thousand numbers leaves 1e-6 of it, a wrong formula 1e-2 and more.
 TOLERANCE = 1e-4
 OK, FAILED = "ok", "FAILED"
@@ -124,7 +123,7 @@ def path(name: str, dtype: torch.dtype, memory_format: torch.memory_format) -> s
 def paths() -> list[tuple[str, ...]]:
     """A row a module and layout: which dtypes take the fused path."""
     rows = [("module", "layout", *(str(dtype).removeprefix("torch.") for dtype in DTYPES))]
-    for name in NAMES:
+    for name in OPERATORS:
         for layout, memory_format in LAYOUTS.items():
             rows.append((name, layout, *(answer(path, name, dtype, memory_format) for dtype in DTYPES)))
     return rows
@@ -164,7 +163,7 @@ def self_check() -> bool:
     """Print a line a module, forward and backward; return whether all agree with the reference."""
     print(f"Self-check on {device()}: float32, forward and backward, against the reference in float64")
     agree = True
-    for name in (*NAMES, "channel_attention"):
+    for name in (*OPERATORS, "channel_attention"):
         found = answer(verdict, name)
         print(f"  {name:<17} {found}", flush=True)
         agree &= found.startswith(OK)

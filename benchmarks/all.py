@@ -32,10 +32,10 @@ from pathlib import Path
 
 from benchmarks import summary
 from benchmarks.process import DIED, FAILED, HUNG, OK, SKIPPED, Ended, Log, Step, append, run_all, tool
+from reference.catalogue import FAMILIES
 
 # Nothing here imports torch: it would take seconds, and what it does in one process must not be shared by all.
 
-FAMILIES = ("se", "cbam", "bam", "simam")
 # The family whose kernels each kernel of speed and network of train launches, the most telling first.
 KERNELS = {"se": "se", "se_add_relu": "se", "cbam": "cbam", "simam": "simam", "bam": "bam"}
 NETWORKS = {

@@ -41,11 +41,11 @@ from benchmarks.report import (
     traffic_table,
 )
 from benchmarks.timing import device_time, input_sets
+from reference.catalogue import LAYOUTS, WHOLE
 
-MODULES = ("SE", "BAM", "CBAM", "SimAM")
+MODULES = tuple(WHOLE)
 NETWORK = "network"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 EPILOGUE_MAPS = ("stem", "stage2", "stage4")  # here with the end of a residual block: relu(attention(x) + residual)
 
 IMAGE_SIZE = 224

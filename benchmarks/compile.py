@@ -39,10 +39,10 @@ from benchmarks.machine_code import (
     machine_code,
 )
 from benchmarks.provenance import command, commit, versions
-from benchmarks.shapes import EFFICIENTNET_B0, LAYOUTS, MOBILENET_V3_LARGE, RESNET_50
+from benchmarks.shapes import EFFICIENTNET_B0, MOBILENET_V3_LARGE, RESNET_50
+from reference.catalogue import DTYPES, LAYOUTS, OPERATORS, POOLS
 
-MODULES = ("SE", "ChannelGate", "SpatialGate", "CBAM", "BAM", "SimAM", "ChannelAttention")
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+MODULES = (*OPERATORS, "ChannelAttention")
 BATCHES = (1, 32)
 
 
@@ -66,8 +66,7 @@ class Site(NamedTuple):
     def build(self, kit: object) -> nn.Module:
         if self.module == "ChannelAttention":
             return ChannelAttention(self.map[0])
-        channels = () if self.module in ("SpatialGate", "SimAM") else (self.map[0],)
-        return getattr(kit, self.module)(*channels, **dict(self.options))
+        return OPERATORS[self.module].build(kit, self.map[0], **dict(self.options))
 
 
 class ChannelAttention(nn.Module):
@@ -104,7 +103,7 @@ NETWORK_SITES = (
     *(_se("mobilenetv3_large", *stage, "relu", "hardsigmoid") for stage in MOBILENET_V3_LARGE),
 )
 # Every option that makes another kernel, once.
-ALL_POOLS = (("pool_types", ("avg", "max", "lp", "lse")),)
+ALL_POOLS = (("pool_types", POOLS),)
 OPTION_SITES = (
     Site("options", "SE", (512, 28, 28)),
     Site("options", "SE", (512, 28, 28), options=(("bias", False), ("mlp_activation", "gelu"))),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.shapes import KERNELS
+from reference.catalogue import DTYPES
 
 # Few enough pixels for no two channels to be so near each other that rounding decides which is the greatest.
 SHAPE = (4, 64, 14, 14)
@@ -33,7 +34,7 @@ def failure(kernel: str, device: torch.device, shape: tuple[int, ...] = SHAPE) -
             harness.check(
                 lambda kit: KERNELS[kernel].build(kit, shape[1]),
                 shape,
-                harness.DTYPES[dtype],
+                DTYPES[dtype],
                 layout,
                 device,
                 activation="relu",

@@ -24,12 +24,12 @@ from benchmarks.correctness import errors, results
 from benchmarks.device import prepare
 from benchmarks.process import append
 from benchmarks.runner import what_is_missing
-from benchmarks.shapes import LAYOUTS
+from reference import catalogue
+from reference.catalogue import LAYOUTS, OPERATORS
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {name: dtype for name, dtype in catalogue.DTYPES.items() if name != "fp64"}
 ELEMENTS = 2**22  # of x at most
 REHEARSED = 2**11  # in the interpreter
-POOLS = ("avg", "max", "lp", "lse")
 
 
 class Case(NamedTuple):
@@ -85,32 +85,20 @@ def run(arguments: argparse.Namespace) -> int:
 def draw(seed: int, elements: int) -> Case:
     """The case of a seed, of so many elements at most."""
     r = random.Random(seed)
-    module = r.choice(("SE", "ChannelGate", "SpatialGate", "CBAM", "BAM", "SimAM"))
+    module = r.choice(tuple(OPERATORS))
     while True:
         # Around powers of two and odd ones, where tiles end; often small.
         n, c, h, w = (max(1, 2 ** r.randint(0, top) + r.choice((-1, 0, 0, 0, 1, 3))) for top in (6, 11, 7, 7))
         if n * c * h * w <= elements and not (module == "BAM" and (n == 1 or max(h, w) > 4 * elements**0.25)):
             break
-    pools = tuple(r.sample(POOLS, r.randint(1, 4)))
-    reduction = r.choice((1, 2, 4, 16)) if c <= 256 else 16
-    options: dict[str, object] = {
-        "SE": {
-            "hidden_channels": max(1, c // reduction), "bias": r.random() < 0.7,
-            "mlp_activation": r.choice(("relu", "silu")), "gate": r.choice(("sigmoid", "hardsigmoid")),
-        },
-        "ChannelGate": {"reduction_ratio": reduction, "pool_types": pools},
-        "CBAM": {"reduction_ratio": reduction, "pool_types": pools, "no_spatial": r.random() < 0.2},
-        "BAM": {"reduction_ratio": max(reduction, 4), "dilation_val": r.choice((1, 2, 4))},
-        "SimAM": {"e_lambda": r.choice((1e-4, 1e-2))},
-    }.get(module, {})  # fmt: skip
+    options = OPERATORS[module].draw(r, c)
     layout = r.choice((*LAYOUTS, "sliced", "expanded"))
     return Case(module, options, (n, c, h, w), r.choice([*DTYPES]), layout, r.random() < 0.4, r.random() < 0.8)
 
 
 def build(case: Case, kit: object) -> nn.Module:
     """From ``reference`` or ``attn_kernels``."""
-    channels = () if case.module in ("SimAM", "SpatialGate") else (case.shape[1],)
-    return getattr(kit, case.module)(*channels, **case.options).train(case.training)
+    return OPERATORS[case.module].build(kit, case.shape[1], **case.options).train(case.training)
 
 
 def inputs(case: Case, device: torch.device) -> list[Tensor | None]:

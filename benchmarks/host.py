@@ -21,8 +21,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.provenance import command, commit, versions
+from reference.catalogue import WHOLE
 
-MODULES = ("SE", "CBAM", "BAM", "SimAM")
+MODULES = tuple(WHOLE)
 SHAPE = (2, 64, 8, 8)
 
 
@@ -46,10 +47,9 @@ def run(arguments: argparse.Namespace) -> int:
     for name in ("module", "forward", "forward + backward", "reference forward", "reference forward + backward"):
         table.add_column(name, justify="right" if table.columns else "left")
     for name in arguments.modules:
-        channels = () if name == "SimAM" else (SHAPE[1],)
         with no_launches():
-            fused = measure(getattr(attn_kernels, name)(*channels), arguments.calls)
-        plain = measure(getattr(reference, name)(*channels), arguments.calls)
+            fused = measure(WHOLE[name].build(attn_kernels, SHAPE[1]), arguments.calls)
+        plain = measure(WHOLE[name].build(reference, SHAPE[1]), arguments.calls)
         table.add_row(name, *(f"{microseconds:.0f}" for microseconds in (*fused, *plain)))
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     console.print(table)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.process import append, tool
 from benchmarks.shapes import bytes_of
-from benchmarks.smoke import FAMILIES
+from reference.catalogue import FAMILIES
 
 SHAPE = (32, 256, 56, 56)
 LAYOUT = "channels_last"

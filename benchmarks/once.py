@@ -11,8 +11,8 @@ import sys
 from benchmarks.correctness import results
 from benchmarks.device import prepare
 from benchmarks.runner import what_is_missing
-from benchmarks.shapes import LAYOUTS
-from benchmarks.smoke import FAMILIES, prepare_case, synchronize
+from benchmarks.smoke import prepare_case, synchronize
+from reference.catalogue import FAMILIES, LAYOUTS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

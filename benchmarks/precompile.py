@@ -25,7 +25,8 @@ from benchmarks.correctness import CASES, SHAPE
 from benchmarks.device import prepare
 from benchmarks.machine_code import ARCHITECTURES
 from benchmarks.plan import Cell
-from benchmarks.shapes import DTYPES, KERNELS, LAYOUTS
+from benchmarks.shapes import DTYPES, KERNELS
+from reference.catalogue import FAMILIES, LAYOUTS
 
 STEPS = ("smoke", "speed", "train", "baselines")
 BATCHES = (32, 256)  # that `all` times
@@ -124,13 +125,13 @@ def cases(steps: Sequence[str] = STEPS, kernels: Sequence[str] = tuple(KERNELS))
         cells = train.cells(networks, ["fused"], dtypes=["bf16"], modes=["train"])
         found += [cell for cell in cells if cell.fused in kernels]
     if "smoke" in steps:
-        for family in smoke.FAMILIES:
+        for family in FAMILIES:
             found += [Case(family, shape, "bf16", layout, block) for shape, layout, block in smoke.CASES]
     if "speed" in steps:
         cells = speed.cells(KERNELS, ["fused"], BATCHES, LAYOUTS, ["bf16"])
         for cell in sorted(cells, key=lambda cell: cell.rank):
             found += [Case(cell.kernel, cell.shape, cell.dtype, cell.layout, KERNELS[cell.kernel].epilogue)]
-        for family in smoke.FAMILIES:
+        for family in FAMILIES:
             found += [Case(family, SHAPE, dtype, layout, True) for dtype, layout in CASES]
     return [case for case in dict.fromkeys(found) if isinstance(case, Cell) or case.kernel in kernels]
 

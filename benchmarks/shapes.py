@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import torch
 from torch import nn
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+from reference import catalogue
+from reference.catalogue import FAMILIES, OPERATORS
+
+DTYPES = {name: catalogue.DTYPES[name] for name in ("bf16", "fp32")}
 MODES = ("forward", "backward", "both")
 
 # Channels, side, and the gate's hidden channels where they are not the module's default.
@@ -23,25 +24,24 @@ MOBILENET_V3_LARGE = ((72, 28, 24), (120, 28, 32), (480, 14, 120), (672, 14, 168
 
 
 class Kernel(NamedTuple):
-    """A module, where it is applied, and how often it has to move x's bytes at least, with x kept on the chip."""
+    """A module, where it is applied, with the end of a residual block behind it or without."""
 
     module: str
-    forward: int
-    backward: int
     stages: Iterable[tuple[int, int, int | None]] = RESNET_50
     options: dict[str, str] = {}  # noqa: RUF012
-    epilogue: bool = False  # relu(module(x) + residual), the end of a residual block; its mask of a bit is not counted
+    epilogue: bool = False  # relu(module(x) + residual); the ReLU's bits are not counted
 
     def floors(self, bytes_of_x: int) -> dict[str, int]:
-        """The bytes that each mode moves at least."""
-        counts = self.forward, self.backward, self.forward + self.backward
+        """The bytes that each mode moves at least, with x kept on the chip."""
+        forward, backward = (count + self.epilogue for count in OPERATORS[self.module].floors)
+        counts = forward, backward, forward + backward
         return {mode: count * bytes_of_x for mode, count in zip(MODES, counts, strict=True)}
 
     def build(self, kit, channels: int, side: int | None = None) -> nn.Module:
         """From ``reference``, or from ``attn_kernels`` or ``benchmarks.users``, which have the same constructors."""
         hidden = self.hidden(channels, side)
         options = self.options if hidden is None else {**self.options, "hidden_channels": hidden}
-        return getattr(kit, self.module)(channels, **options)
+        return OPERATORS[self.module].build(kit, channels, **options)
 
     def hidden(self, channels: int, side: int | None) -> int | None:
         """The gate's hidden channels in the stage of this size; None for the module's default."""
@@ -49,13 +49,11 @@ class Kernel(NamedTuple):
 
 
 KERNELS = {
-    "se": Kernel("SE", 2, 3),
-    "se_add_relu": Kernel("SE", 3, 4, epilogue=True),
-    "cbam": Kernel("CBAM", 3, 5),
-    "simam": Kernel("SimAM", 2, 3),
-    "bam": Kernel("BAM", 3, 5),
-    "se_efficientnet_b0": Kernel("SE", 2, 3, EFFICIENTNET_B0, {"mlp_activation": "silu"}),
-    "se_mobilenet_v3": Kernel("SE", 2, 3, MOBILENET_V3_LARGE, {"gate": "hardsigmoid"}),
+    "se": Kernel("SE"),
+    "se_add_relu": Kernel("SE", epilogue=True),
+    **{family: Kernel(name) for family, name in FAMILIES.items()},
+    "se_efficientnet_b0": Kernel("SE", EFFICIENTNET_B0, {"mlp_activation": "silu"}),
+    "se_mobilenet_v3": Kernel("SE", MOBILENET_V3_LARGE, {"gate": "hardsigmoid"}),
 }
 
 

@@ -27,9 +27,9 @@ from benchmarks.device import prepare
 from benchmarks.process import append
 from benchmarks.rehearsal import SHAPE
 from benchmarks.runner import in_plain_launches, what_is_missing
-from benchmarks.shapes import KERNELS, LAYOUTS
+from benchmarks.shapes import KERNELS
+from reference.catalogue import FAMILIES, LAYOUTS
 
-FAMILIES = ("se", "cbam", "bam", "simam")
 # Shape, layout, and whether a residual and a ReLU end it; bf16.
 CASES = (
     ((4, 16, 8, 8), "channels_last", True),

@@ -23,8 +23,9 @@ from benchmarks.correctness import Wrong, check_roughly
 from benchmarks.device import prepare
 from benchmarks.plan import Cell
 from benchmarks.rows import WRONG, Measurement, Results
-from benchmarks.shapes import DTYPES, KERNELS, LAYOUTS, MODES, RESNET_50, bytes_of
+from benchmarks.shapes import DTYPES, KERNELS, MODES, RESNET_50, bytes_of
 from benchmarks.timing import Prepare, Quantiles
+from reference.catalogue import LAYOUTS
 
 SUITE = "speed"
 # What is compared: how much less telling than the rest it is, and the seconds that a cell of it takes at first.

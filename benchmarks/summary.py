@@ -12,13 +12,14 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from reference.catalogue import FAMILIES
+
 LINES = 80
 FAILURES = 14
 WIDTH = 220  # characters of a line that tells of a failure
 STOPPED = "stopped at its limit"
 BAD = ("failed", "hung", "died")
 TRAFFIC = Path(__file__).parent / "results" / "traffic.csv"
-OPS = {"se": "SE", "cbam": "CBAM", "bam": "BAM", "simam": "SimAM"}  # a family's name there
 MADE_UP = "**A rehearsal without a GPU: nothing was measured, and every figure below is made up.**"
 
 Row = dict[str, str]
@@ -192,9 +193,9 @@ def moved(rows: list[Row]) -> Iterator[str]:
     yield "| family, shape | DRAM measured | DRAM modelled | L2 measured | kernels |"
     yield "| --- | --- | --- | --- | --- |"
     modelled = {
-        OPS_BACK[row["op"]]: float(row["dram_forward"]) + float(row["dram_backward"])
+        FAMILY_OF[row["op"]]: float(row["dram_forward"]) + float(row["dram_backward"])
         for row in table(TRAFFIC)
-        if row["op"] in OPS_BACK
+        if row["op"] in FAMILY_OF
         and (row["stage"], row["mode"], row["provider"]) == ("stage1", "train", "fused")
         and row["layout"] == rows[0]["layout"]
     }
@@ -223,7 +224,7 @@ def left_out(steps: dict[str, dict], log: str) -> Iterator[str]:
         yield "The same command again goes on from here."
 
 
-OPS_BACK = {op: family for family, op in OPS.items()}
+FAMILY_OF = {op: family for family, op in FAMILIES.items()}
 
 
 def _place(row: Row) -> tuple[str, ...]:

@@ -27,7 +27,8 @@ from benchmarks.machine_code import ops
 from benchmarks.plan import Cell
 from benchmarks.precompile import target
 from benchmarks.rows import WRONG, Measurement, Results, Row
-from benchmarks.shapes import DTYPES, KERNELS, LAYOUTS, bytes_of
+from benchmarks.shapes import DTYPES, KERNELS, bytes_of
+from reference.catalogue import LAYOUTS
 
 SUITE = "sweep"
 AS_IT_IS = "fused as it is"  # a provider, beside one per change

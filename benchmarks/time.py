@@ -30,12 +30,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.check import LAYOUTS
 from benchmarks.machine_code import Kernel, MachineCode, capture, machine_code
 from benchmarks.meter import Launch
 from benchmarks.provenance import command, commit, versions
 from benchmarks.simulator import MACHINES, PESSIMISTIC, Machine, Simulator
 from benchmarks.traffic import DIRECTIONS, STAGES
+from reference.catalogue import LAYOUTS, OPERATORS
 
 RESULTS = Path(__file__).parent / "results"
 # Of a batch above WHOLE: the time of WHOLE samples, and for each more what a sample costs between BEFORE and WHOLE. The
@@ -46,23 +46,24 @@ OF_A_COPY = 0.9  # the speed of torch.compile's and eager's kernels
 
 
 class Op(NamedTuple):
-    """A module, with the end of a residual block behind it or without, and how often it moves x's bytes at least."""
+    """A module, with the end of a residual block behind it or without."""
 
     module: str
-    floors: tuple[float, float]
     epilogue: bool = False
 
+    @property
+    def floors(self) -> tuple[int, int]:
+        """How often forward and backward move x's bytes at least."""
+        forward, backward = OPERATORS[self.module].floors
+        return forward + self.epilogue, backward + self.epilogue
 
-OPS = {
-    "SE": Op("SE", (2, 3)),
-    "SE+add+ReLU": Op("SE", (3, 4), epilogue=True),
-    "ChannelGate": Op("ChannelGate", (2, 3)),
-    "CBAM": Op("CBAM", (3, 5)),
-    "CBAM+add+ReLU": Op("CBAM", (4, 6), epilogue=True),
-    "BAM": Op("BAM", (3, 5)),
-    "SimAM": Op("SimAM", (2, 3)),
-    "SimAM+add+ReLU": Op("SimAM", (3, 4), epilogue=True),
-}
+
+OPS = {}
+for _name, _operator in OPERATORS.items():
+    if _operator.floors:
+        OPS[_name] = Op(_name)
+    if _operator.ends_blocks:
+        OPS[f"{_name}+add+ReLU"] = Op(_name, epilogue=True)
 
 
 class Case(NamedTuple):
@@ -180,7 +181,7 @@ def _passes(case: Case, seen) -> list:
 
     op = OPS[case.op]
     with torch.device("meta"):
-        module: nn.Module = getattr(attn_kernels, op.module)(*(() if op.module == "SimAM" else (case.shape[1],)))
+        module: nn.Module = OPERATORS[op.module].build(attn_kernels, case.shape[1])
         x: Tensor = torch.empty(case.shape, dtype=torch.bfloat16).to(memory_format=LAYOUTS[case.layout])
     x.requires_grad_()
     epilogue = (torch.empty_like(x).requires_grad_(), "relu") if op.epilogue else ()

@@ -41,10 +41,11 @@ from torch import Tensor, nn
 
 from benchmarks import users
 from benchmarks.cache import Cache
-from benchmarks.check import DTYPES, LAYOUTS, forward_backward
+from benchmarks.check import DTYPES, forward_backward
 from benchmarks.meter import Traffic, meter
 from benchmarks.provenance import command, commit, versions
 from benchmarks.report import NOT_MEASURED
+from reference.catalogue import LAYOUTS, WHOLE, Budget
 
 RESULTS = Path(__file__).parent / "results"
 MODES = ("train", "eval")
@@ -70,29 +71,16 @@ DEVICES = {
 
 
 class Op(NamedTuple):
-    """A module, with the end of a residual block behind it or without, and its budget in units of N."""
+    """A module, with the end of a residual block behind it or without, and its budget in units of |x|."""
 
     module: str
-    forward: float
-    backward: float
-    dram: float  # of a training step, behind L2
+    budget: Budget
     epilogue: bool = False
-    # Where they differ in channels_last with planes that no program holds.
-    walks_channels_last: tuple[float, float, float] | None = None  # forward, backward, DRAM
-    infers_as_compiled: bool = False  # with as many passes over x as torch.compile in inference
 
 
-OPS = {
-    "SE": Op("SE", 3, 4, dram=5.3),
-    "SE+add+ReLU": Op("SE", 4, 5.1, dram=7.4, epilogue=True),
-    # Its gates, pools and scale each read x, as torch.compile's kernels do; L2 holds a part of it between them.
-    "CBAM": Op("CBAM", 4, 6, dram=8.3, infers_as_compiled=True),
-    # 0.8 and 1.25 of it are the branches' maps of C/16 channels; 0.3, at 7x7, parts of the reducing weight's gradient.
-    "BAM": Op("BAM", 3.8, 6.6, dram=8.5),
-    # Planes that no program holds are read twice. L2, which all programs share that run side by side, still has three
-    # quarters of them at 24x24, and at 28x28, whose slice is of fewer bytes, all.
-    "SimAM": Op("SimAM", 2, 3, dram=5.2, walks_channels_last=(3, 5, 5.8)),
-}
+OPS = {name: Op(name, operator.budget) for name, operator in WHOLE.items()}
+OPS |= {f"{name}+add+ReLU": Op(name, op.epilogue_budget, True) for name, op in WHOLE.items() if op.epilogue_budget}
+OPS = dict(sorted(OPS.items(), key=lambda named: list(WHOLE).index(named[1].module)))
 # Of the budget: parameters, gates and maps, which are not full-size. A slice has half of the channels and fewer, so
 # that its maps, of one value a pixel, weigh twice and more what they do on the whole.
 SMALL = 0.12
@@ -129,29 +117,29 @@ class Case(NamedTuple):
 
     @property
     def _budgets(self) -> tuple[float, float, float]:
-        op = OPS[self.op]
-        if op.walks_channels_last and self.layout == "channels_last" and self.shape[2] * self.shape[3] > 512:
-            return op.walks_channels_last
-        return op.forward, op.backward, op.dram
+        budget = OPS[self.op].budget
+        if budget.walks_channels_last and self.layout == "channels_last" and self.shape[2] * self.shape[3] > 512:
+            return budget.walks_channels_last
+        return budget.forward, budget.backward, budget.dram
 
     @property
     def budget(self) -> tuple[float, ...]:
-        """In units of N, forward (and backward)."""
+        """In units of |x|, forward (and backward)."""
         return self._budgets[: 2 if self.mode == "train" else 1]
 
     def allowed(self, compiled: float) -> float:
-        """In units of N, all in all, where torch.compile moves so much."""
-        small = SMALL if OPS[self.op].infers_as_compiled and self.mode == "eval" else 0
+        """In units of |x|, all in all, where torch.compile moves so much."""
+        small = SMALL if OPS[self.op].budget.infers_as_compiled and self.mode == "eval" else 0
         return compiled * (1 + small) + 1e-6
 
     @property
     def dram_budget(self) -> float:
-        """Of a training step, in units of N."""
+        """Of a training step, in units of |x|."""
         return self._budgets[2]
 
 
 class Pass(NamedTuple):
-    """Forward or backward: launches, and bytes in units of N. Nothing runs of torch.compile, behind no cache then."""
+    """Forward or backward: launches, and bytes in units of |x|. Nothing runs of torch.compile, behind no cache then."""
 
     launches: int
     touched: float
@@ -165,7 +153,7 @@ class Pass(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """One launch of the fused module, in units of N."""
+    """One launch of the fused module, in units of |x|."""
 
     name: str
     loaded: float
@@ -283,7 +271,7 @@ def measure(case: Case, compiled: bool = True) -> Result:
     device, op = DEVICES[case.device], OPS[case.op]
     dtype, layout = DTYPES[case.dtype], LAYOUTS[case.layout]
     torch.manual_seed(0)
-    fused, eager = (getattr(kit, op.module)(case.shape[1]) for kit in (attn_kernels, users))
+    fused, eager = (WHOLE[op.module].build(kit, case.shape[1]) for kit in (attn_kernels, users))
     eager = (users.AddReLU(eager) if op.epilogue else eager).to(dtype=dtype, memory_format=layout)
     for module in (fused, eager):
         module.train(case.mode == "train")

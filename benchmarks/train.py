@@ -24,9 +24,10 @@ from benchmarks import runner, timing, users
 from benchmarks.device import prepare
 from benchmarks.plan import Cell
 from benchmarks.rows import Measurement, Results
-from benchmarks.shapes import KERNELS, LAYOUTS
+from benchmarks.shapes import KERNELS
 from benchmarks.timing import Quantiles
 from benchmarks.users import library as import_library
+from reference.catalogue import LAYOUTS
 
 SUITE = "train"
 DEPTH = 50

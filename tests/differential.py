@@ -34,8 +34,9 @@ from attn_kernels.ops.common import device as gpu
 from attn_kernels.ops.common import tiling
 from benchmarks.accuracy import compare
 from benchmarks.interpreter import round_to_nearest, skip_repeated_work
-from reference.se import ACTIVATIONS, GATES
-from tests.harness import ALL_POOLS, DTYPES, LAYOUTS, ChannelAttention, pair
+from reference.catalogue import DTYPES, LAYOUTS, OPERATORS
+from reference.se import GATES
+from tests.harness import ChannelAttention, pair
 
 STRIDES = (*LAYOUTS, "sliced", "expanded", "transposed")
 ELEMENTS = 2**12
@@ -77,7 +78,7 @@ class Case:
         channels, options = self.shape[1], self.options
         if self.module == "channel_attention":
             return ChannelAttention(kit, channels)
-        module = getattr(kit, self.module)(*(() if self.module in ("SpatialGate", "SimAM") else (channels,)), **options)
+        module = OPERATORS[self.module].build(kit, channels, **options)
         norm = module.SpatialGate.spatial if hasattr(module, "SpatialGate") else getattr(module, "spatial", None)
         if norm is not None and self.launch["norm"]:
             choices = ({"momentum": None}, {"affine": False}, {"track_running_stats": False}, {"eps": 1e-2})
@@ -88,22 +89,12 @@ class Case:
 def draw(seed: int) -> Case:
     """The case of a seed."""
     r = random.Random(seed)
-    module = r.choice(("SE", "ChannelGate", "SpatialGate", "CBAM", "BAM", "SimAM", "channel_attention"))
+    module = r.choice((*OPERATORS, "channel_attention"))
     while True:
         n, c, h, w = (max(1, 2 ** r.randint(0, top) + r.choice((-1, 0, 0, 1, 3))) for top in (3, 6, 5, 5))
         if n * c * h * w <= ELEMENTS and (module != "BAM" or n > 2):
             break
-    pools = tuple(r.sample(ALL_POOLS, r.randint(1, 4)))
-    options = {
-        "SE": {
-            "hidden_channels": r.choice((1, 3, 16, 40)), "bias": r.random() < 0.7,
-            "mlp_activation": r.choice(list(ACTIVATIONS)), "gate": r.choice(list(GATES)),
-        },
-        "ChannelGate": {"reduction_ratio": r.choice((1, 2, 5)), "pool_types": pools},
-        "CBAM": {"reduction_ratio": r.choice((1, 2, 5)), "pool_types": pools, "no_spatial": r.random() < 0.1},
-        "BAM": {"reduction_ratio": r.choice((1, 2, 5)), "dilation_val": r.choice((1, 4))},
-        "SimAM": {"e_lambda": r.choice((1e-4, 1e-2, 0))},
-    }.get(module, {})  # fmt: skip
+    options = {} if module == "channel_attention" else OPERATORS[module].draw(r, c)
     dtype = r.choices(list(DTYPES), (1, 2, 3, 6))[0]
     planted = (r.choice(("x", "residual", "dy")), r.choice((float("nan"), float("inf"), -float("inf"))))
     is_planted = dtype == "fp32" and r.random() < 0.5

@@ -13,11 +13,9 @@ import attn_kernels
 import reference
 from benchmarks.accuracy import Verdict, average, compare
 from reference._common import like_parameters
+from reference.catalogue import LAYOUTS, OPERATORS, Operator
 
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 DRAWS = 4  # of which the mean decides in float32, where one may exceed the rule by luck of eager's rounding
-ALL_POOLS = ("avg", "max", "lp", "lse")
 
 
 class ChannelAttention(nn.Module):
@@ -36,16 +34,13 @@ class ChannelAttention(nn.Module):
         return self.function(x, self.gate, pool_types=("max", "avg"), residual=residual, activation=activation)
 
 
-# name: (module's name, constructor's arguments from C)
-MODULES: dict[str, Callable[[object, int], nn.Module]] = {
-    "se": lambda kit, c: kit.SE(c, 4),
-    "channel_gate": lambda kit, c: kit.ChannelGate(c, 4, ALL_POOLS),
-    "spatial_gate": lambda kit, c: kit.SpatialGate(),
-    "cbam": lambda kit, c: kit.CBAM(c, 4),
-    "bam": lambda kit, c: kit.BAM(c, 4),
-    "simam": lambda kit, c: kit.SimAM(),
-    "channel_attention": ChannelAttention,
-}
+def _builder(operator: Operator) -> Callable[[object, int], nn.Module]:
+    return lambda kit, channels: operator.build(kit, channels, **operator.small)
+
+
+# By the name of the functional form, from a kit and its channels.
+MODULES = {operator.function: _builder(operator) for operator in OPERATORS.values()}
+MODULES["channel_attention"] = ChannelAttention
 
 
 def pair(build: Callable[[object], nn.Module], device: torch.device) -> tuple[nn.Module, nn.Module]:

@@ -22,8 +22,9 @@ from attn_kernels.ops.bam.batch_norm_relu import (
 from attn_kernels.ops.common import device as gpu
 from attn_kernels.ops.common import tiling
 from reference.bam import spatial_layer
+from reference.catalogue import DTYPES, LAYOUTS
 from tests.fuse.cases import timm
-from tests.harness import DTYPES, LAYOUTS, assert_close, pair, run
+from tests.harness import assert_close, pair, run
 
 SHAPES = {"odd": (3, 5, 7, 9), "one pixel": (4, 3, 1, 1), "one channel": (2, 1, 6, 5), "wide": (2, 70, 3, 11)}
 NORMS = {

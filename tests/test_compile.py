@@ -48,7 +48,7 @@ from benchmarks.machine_code import (
     parse_ptx,
     parse_sass,
 )
-from benchmarks.shapes import LAYOUTS
+from reference.catalogue import LAYOUTS
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")
 

@@ -6,7 +6,8 @@ import itertools
 import pytest
 import torch
 
-from tests.harness import LAYOUTS, MODULES, assert_close, pair, real_input, run
+from reference.catalogue import LAYOUTS
+from tests.harness import MODULES, assert_close, pair, real_input, run
 
 pytestmark = pytest.mark.device
 

@@ -21,8 +21,9 @@ import reference
 from attn_kernels import __main__ as command
 from attn_kernels import explain, functional, fuse_
 from attn_kernels._versions import interpreter_clash
+from reference.catalogue import LAYOUTS
 from tests.fuse.cases import SqueezeExciteCl, timm
-from tests.harness import LAYOUTS, MODULES, pair, real_input
+from tests.harness import MODULES, pair, real_input
 from tests.peers import jongchan, moskomule, simam_module
 from tests.test_import import WITHOUT_TRITON, python
 from tests.test_pytorch import Quantized

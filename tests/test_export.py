@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tests.harness import LAYOUTS, MODULES, networks, pair, real_input
+from reference.catalogue import LAYOUTS
+from tests.harness import MODULES, networks, pair, real_input
 
 BATCH = torch.export.Dim("batch")
 

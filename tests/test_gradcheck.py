@@ -11,8 +11,9 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import attn_kernels
 from attn_kernels import functional as F
+from reference.catalogue import LAYOUTS
 from reference.se import ACTIVATIONS, GATES
-from tests.harness import LAYOUTS, MODULES, pair
+from tests.harness import MODULES, pair
 
 SHAPE = (2, 3, 1, 2)
 

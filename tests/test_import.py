@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 import reference
+from reference.catalogue import OPERATORS
 
 pytestmark = pytest.mark.fast
 
-NAMES = ("SE", "BAM", "CBAM", "SimAM", "ChannelGate", "SpatialGate")
 
 # As though it were not installed: importing it raises, and find_spec, which torch asks from 2.14 on, finds none.
 WITHOUT_TRITON = """
@@ -25,9 +25,10 @@ sys.modules["triton"] = None
 EQUALS_REFERENCE = """
 import torch
 import attn_kernels, attn_kernels.models, reference
+from reference.catalogue import OPERATORS
 
 torch.manual_seed(0)
-for name in ("SE", "BAM", "CBAM", "SimAM", "ChannelGate", "SpatialGate"):
+for name in OPERATORS:
     arguments = () if name == "SpatialGate" else (32,)
     ours, theirs = getattr(attn_kernels, name)(*arguments), getattr(reference, name)(*arguments)
     theirs.load_state_dict(ours.state_dict(), strict=True)
@@ -79,7 +80,7 @@ def test_reference_needs_no_triton():
 def test_public_names():
     import attn_kernels
 
-    assert set(NAMES) <= set(attn_kernels.__all__)
+    assert set(OPERATORS) <= set(attn_kernels.__all__)
     assert len(set(attn_kernels.__all__)) == len(attn_kernels.__all__)
     for name in attn_kernels.__all__:
         assert hasattr(attn_kernels, name), name
@@ -94,7 +95,7 @@ def test_functional_forms():
         assert [(p.name, p.kind, p.default) for p in ours] == [(p.name, p.kind, p.default) for p in theirs], name
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OPERATORS)
 def test_modules_are_the_references(name):
     import attn_kernels
 

@@ -16,7 +16,8 @@ from triton.runtime.errors import InterpreterError
 
 import attn_kernels
 import benchmarks.interpreter
-from tests.harness import DTYPES, MODULES, real_input
+from reference.catalogue import DTYPES
+from tests.harness import MODULES, real_input
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")
 

@@ -12,8 +12,9 @@ from torch import nn
 import attn_kernels
 import reference
 from attn_kernels.ops.bam.batch_norm_relu import batch_norm_relu
+from reference.catalogue import LAYOUTS, POOLS
 from reference.se import ACTIVATIONS, GATES
-from tests.harness import ALL_POOLS, LAYOUTS, MODULES, Run, pair
+from tests.harness import MODULES, Run, pair
 
 C = 12
 NAN, INF = float("nan"), float("inf")
@@ -26,7 +27,7 @@ BUILDS |= {
     )
     for activation, gate in itertools.product(ACTIVATIONS, GATES)
 }
-BUILDS |= {f"channel_gate {pool}": lambda kit, c, pool=pool: kit.ChannelGate(c, 4, (pool,)) for pool in ALL_POOLS}
+BUILDS |= {f"channel_gate {pool}": lambda kit, c, pool=pool: kit.ChannelGate(c, 4, (pool,)) for pool in POOLS}
 WALKED = ("simam", "cbam", "bam", "spatial_gate", "channel_gate max", "channel_gate lse")
 
 

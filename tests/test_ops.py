@@ -16,8 +16,9 @@ from attn_kernels.ops import simam
 from attn_kernels.ops.cbam import convolution
 from attn_kernels.ops.channel_gate import plan
 from attn_kernels.ops.common import scalar, tiling
+from reference.catalogue import DTYPES, LAYOUTS, POOLS
 from reference.se import ACTIVATIONS, GATES
-from tests.harness import ALL_POOLS, DTYPES, LAYOUTS, MODULES, check
+from tests.harness import MODULES, check
 
 # (shape, with the residual + ReLU epilogue)
 CASES = {
@@ -101,7 +102,7 @@ def test_se_options(activation, gate, bias, device):
 
 @pytest.mark.parametrize("pools", range(1, 16))
 def test_pool_types(pools, device):
-    pool_types = tuple(reversed([p for i, p in enumerate(ALL_POOLS) if pools >> i & 1]))
+    pool_types = tuple(reversed([p for i, p in enumerate(POOLS) if pools >> i & 1]))
     layout = "channels_last" if pools % 2 else "contiguous"
     check(lambda kit: kit.ChannelGate(10, 3, pool_types), (2, 10, 7, 5), torch.float32, layout, device)
     check(lambda kit: kit.CBAM(10, 3, pool_types), (2, 10, 5, 6), torch.float64, layout, device, activation="relu")

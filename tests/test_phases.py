@@ -22,7 +22,7 @@ from attn_kernels.ops.common import device as gpu
 from attn_kernels.ops.common import grid_sync, squeeze, tiling
 from attn_kernels.ops.common.tiling import geometry
 from benchmarks.compile import ChannelAttention
-from benchmarks.shapes import LAYOUTS
+from reference.catalogue import LAYOUTS, POOLS
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter"),
@@ -129,10 +129,9 @@ def launches(monkeypatch):
 # Whose kernels wait for one another.
 ROOMS = channel_gate.forward, channel_gate.backward, cbam.forward
 
-ALL_POOLS = ("avg", "max", "lp", "lse")
 MODULES = {
     "SE": lambda c: attn_kernels.SE(c, 4),
-    "ChannelGate": lambda c: attn_kernels.ChannelGate(c, 4, ALL_POOLS),
+    "ChannelGate": lambda c: attn_kernels.ChannelGate(c, 4, POOLS),
     "MaxGate": lambda c: attn_kernels.ChannelGate(c, 4, ("max",)),
     "CBAM": lambda c: attn_kernels.CBAM(c, 4),
     "BAM": lambda c: attn_kernels.BAM(c, 4),

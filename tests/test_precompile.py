@@ -15,6 +15,7 @@ from attn_kernels.precompile import specializations
 from benchmarks import precompile, smoke, speed, train
 from benchmarks.precompile import Case
 from benchmarks.shapes import KERNELS
+from reference.catalogue import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 PREFACE = """
@@ -229,8 +230,8 @@ def test_what_is_recorded(tmp_path):
 
 FAILURES = """
 good = recorded(Network(attn_kernels.SimAM())).pop()
-dies = Specialization("dies_when_imported", "kernel", "")
-bad = good._replace(data=good.data.replace("simam", "nobody"))
+dies = good._replace(module="dies_when_imported")
+bad = good._replace(signature=good.signature[1:])
 for kernel, outcome in compile_all([dies, dies, good, bad], 90, jobs=1):
     print(json.dumps([kernel.module, outcome.compiled, outcome.error]))
 """
@@ -281,7 +282,7 @@ class TestCases:
     def test_are_what_the_steps_launch(self):
         found = precompile.cases()
         assert len(set(found)) == len(found)
-        for family in smoke.FAMILIES:
+        for family in FAMILIES:
             for shape, layout, block in smoke.CASES:
                 assert Case(family, shape, "bf16", layout, block) in found
         for cell in speed.cells(["se", "se_add_relu", "cbam"], ["fused"], [32, 256], dtypes=["bf16"]):

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 import attn_kernels
 from attn_kernels import models
 from attn_kernels.functional import is_fused
-from tests.harness import LAYOUTS, MODULES, assert_same_gradients, networks, pair, real_input
+from reference.catalogue import LAYOUTS
+from tests.harness import MODULES, assert_same_gradients, networks, pair, real_input
 
 SHAPE = (2, 8, 5, 4)
 WITH_PARAMETERS = [name for name in MODULES if name != "simam"]

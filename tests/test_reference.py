@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import reference
+from reference.catalogue import LAYOUTS
 from tests import official
 
 POOLS = ("avg", "max", "lp", "lse")
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 HALF = (torch.float16, torch.bfloat16)
 POOL_COMBINATIONS = [pools for k in range(1, 5) for pools in itertools.combinations(POOLS, k)]
 

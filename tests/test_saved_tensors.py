@@ -8,7 +8,8 @@ from torch import nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
 import attn_kernels
-from tests.harness import LAYOUTS, MODULES, ChannelAttention, pair, real_input, run
+from reference.catalogue import LAYOUTS
+from tests.harness import MODULES, ChannelAttention, pair, real_input, run
 
 C = 12
 

@@ -10,8 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import attn_kernels
 from benchmarks.shapes import RESNET_50
 from benchmarks.speed import saved_bytes
+from reference.catalogue import LAYOUTS
 from reference.simam import simam as formula
-from tests.harness import LAYOUTS, MODULES, pair, real_input, run
+from tests.harness import MODULES, pair, real_input, run
 
 
 @pytest.fixture(params=MODULES)

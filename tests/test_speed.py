@@ -20,8 +20,9 @@ from benchmarks import correctness, plan, plot, rehearsal, rows, runner, speed, 
 from benchmarks.__main__ import COMMANDS, main
 from benchmarks.plan import Cell, Costs, execute
 from benchmarks.rows import Environment, Measurement, Results, Row, read
-from benchmarks.shapes import DTYPES, KERNELS, LAYOUTS, MODES, bytes_of
+from benchmarks.shapes import DTYPES, KERNELS, MODES, bytes_of
 from benchmarks.timing import Quantiles
+from reference.catalogue import LAYOUTS
 
 MADE_UP = Path(__file__).parent / "data" / "made_up.csv"  # no GPU has measured any of it
 HERE = Environment("Made-up GPU", "0.0", "0.0", "0.0", "abc", "python -m benchmarks speed")

@@ -25,8 +25,9 @@ from attn_kernels.fuse.rewrite import Fusion, find
 from attn_kernels.fuse.terms import Refused
 from attn_kernels.ops.common.operator import PLAIN_TENSORS
 from reference._common import DTYPES, hooks_on_every_module
+from reference.catalogue import OPERATORS
 
-OURS = tuple(getattr(modules, name) for name in ("SE", "ChannelGate", "SpatialGate", "CBAM", "BAM", "SimAM"))
+OURS = tuple(getattr(modules, name) for name in OPERATORS)
 OF_REFERENCE = {getattr(reference, cls.__name__): cls for cls in OURS}
 _warned: WeakSet[nn.Module] = WeakSet()
 

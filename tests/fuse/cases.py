@@ -11,7 +11,7 @@ from torch import nn
 import reference
 import reference.models
 from attn_kernels import fuse_
-from tests.harness import LAYOUTS
+from reference.catalogue import LAYOUTS
 from tests.peers import RegNetSELayer, cadene, jongchan, moskomule, openmmlab, seed, simam_module
 
 if not torch.cuda.is_available():  # beside a CPU build of torch, torchvision's compiled operators do not register
