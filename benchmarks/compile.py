@@ -334,7 +334,7 @@ def faults(variant: Variant, code: MachineCode, full_size: Sequence[Access]) -> 
     if not variant.kernel.is_fp64 and (code.fp64 or (code.sass and code.sass.fp64)):
         yield f"{code.fp64} instructions in float64"
     if variant.vector and (narrow := [a for a in full_size if a.bits < VECTOR_BITS]):
-        names = sorted({f"{variant.kernel.signature[a.argument][0]} {a.bits}" for a in narrow})
+        names = sorted({f"{variant.kernel.argument_name(a.argument)} {a.bits}" for a in narrow})
         yield f"{len(narrow)} of {len(full_size)} accesses narrower than {VECTOR_BITS} bits: {', '.join(names)}"
     if code.sass and _wide(code.accesses) > sum(n for (_, bits), n in code.sass.bits.items() if bits >= VECTOR_BITS):
         yield "ptxas has split vectors"

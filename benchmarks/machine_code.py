@@ -89,6 +89,11 @@ class Kernel:
         names = [argument for argument, _ in self.signature]
         return getattr(dict(self.constants).get((names.index(name),)), field) if name in names else None
 
+    def argument_name(self, path: ArgumentPath) -> str:
+        """As in x_ptr, or in gradients.dx."""
+        name, kind = self.signature[path[0]]
+        return ".".join((name, *(kind._fields[i] for i in path[1:])))
+
     @property
     def arguments(self) -> dict[ArgumentPath, str]:
         """The types of the arguments that are passed, those in a tuple each, by their places."""

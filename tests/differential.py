@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from attn_kernels.ops import simam
-from attn_kernels.ops.bam import batch_norm_relu
+from attn_kernels.ops.bam import norm as bam_norm
 from attn_kernels.ops.cbam import convolution, forward
 from attn_kernels.ops.channel_gate import plan
 from attn_kernels.ops.common import device as gpu
@@ -46,7 +46,7 @@ CACHED = (
     tiling.pixel_tile,
     simam.whole_plane_tile,
     plan.channel_plan,
-    batch_norm_relu.norm_tile,
+    bam_norm.norm_tile,
     forward.pools_tile,
     forward.scale_tile,
 )

@@ -11,7 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import attn_kernels
 import reference
-from attn_kernels.ops.bam.batch_norm_relu import (
+from attn_kernels.ops.bam.norm import (
     backward_op,
     batch_norm_relu,
     can_add,

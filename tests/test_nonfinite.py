@@ -11,7 +11,7 @@ from torch import nn
 
 import attn_kernels
 import reference
-from attn_kernels.ops.bam.batch_norm_relu import batch_norm_relu
+from attn_kernels.ops.bam.norm import batch_norm_relu
 from reference.catalogue import LAYOUTS, POOLS
 from reference.se import ACTIVATIONS, GATES
 from tests.harness import MODULES, Run, pair

@@ -117,7 +117,7 @@ def test_a_hook_on_any_node(modules, layout, device):
 
 def test_batch_norm_relu(device):
     """BAM's operator by itself."""
-    from attn_kernels.ops.bam.batch_norm_relu import batch_norm_relu
+    from attn_kernels.ops.bam.norm import batch_norm_relu
 
     norm = nn.BatchNorm2d(5).double().to(device)
     c = torch.randn(2, 5, 3, 4, dtype=torch.float64, device=device).to(memory_format=torch.channels_last)

@@ -87,16 +87,20 @@ def pixels(at, TILE: tl.constexpr):
 @triton.jit
 def tile_mask(at, TILE: tl.constexpr):
     """Whether the tensor has these elements, [BLOCK_C, BLOCK_P]."""
-    return (channels(at, TILE) < at.C)[:, None] & (pixels(at, TILE) < at.P)[None, :]
+    o_c = channels(at, TILE)
+    o_p = pixels(at, TILE)
+    return (o_c < at.C)[:, None] & (o_p < at.P)[None, :]
 
 
 @triton.jit
 def tile_offsets(at, TILE: tl.constexpr):
     """Offsets within a sample, [BLOCK_C, BLOCK_P]."""
+    o_c = channels(at, TILE)
+    o_p = pixels(at, TILE)
     if TILE.channels_last:
-        return pixels(at, TILE)[None, :] * at.C + channels(at, TILE)[:, None]
+        return o_p[None, :] * at.C + o_c[:, None]
     else:
-        return channels(at, TILE)[:, None] * at.P + pixels(at, TILE)[None, :]
+        return o_c[:, None] * at.P + o_p[None, :]
 
 
 @triton.jit

@@ -67,6 +67,7 @@ def statistics_kernel(
     BLOCK_C: tl.constexpr = TILE.block_c
     C, P = aligned(C, P, TILE)
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
+    tiles = N * tl.cdiv(P, TILE.block_p)
     i_q, programs = tl.program_id(1), tl.num_programs(1)
     c = tl.program_id(0) * BLOCK_C
     o_c = c + tl.arange(0, BLOCK_C)
@@ -74,7 +75,7 @@ def statistics_kernel(
     seen = tl.zeros([1], ACC)
     b_sum = tl.zeros([BLOCK_C], ACC)
     b_m2 = tl.zeros([BLOCK_C], ACC)
-    for t in tl.range(i_q, N * tl.cdiv(P, TILE.block_p), programs, num_stages=TILE.stages):
+    for t in tl.range(i_q, tiles, programs, num_stages=TILE.stages):
         at = tile_of_all(t, c, C, P, TILE)
         m_p = pixels(at, TILE) < P
         b_c = load_tile(c_ptr, at, TILE)
@@ -133,6 +134,7 @@ def normalize_kernel(
     BLOCK_C: tl.constexpr = TILE.block_c
     C, P = aligned(C, P, TILE)
     ACC: tl.constexpr = statistics_ptr.dtype.element_ty
+    tiles = N * tl.cdiv(P, TILE.block_p)
     i_q, programs = tl.program_id(1), tl.num_programs(1)
     c = tl.program_id(0) * BLOCK_C
     o_c = c + tl.arange(0, BLOCK_C)
@@ -166,7 +168,7 @@ def normalize_kernel(
     add_bias = 0.0
     if add_bias_ptr is not None:
         add_bias = tl.load(add_bias_ptr).to(ACC)
-    for t in tl.range(i_q, N * tl.cdiv(P, TILE.block_p), programs, num_stages=TILE.stages):
+    for t in tl.range(i_q, tiles, programs, num_stages=TILE.stages):
         at = tile_of_all(t, c, C, P, TILE)
         b_c = load_tile(c_ptr, at, TILE)
         b_r = (b_c - b_mean[:, None]) * b_invstd[:, None] * b_weight + b_bias
@@ -211,6 +213,7 @@ def dparameters_kernel(
     BLOCK_C: tl.constexpr = TILE.block_c
     C, P = aligned(C, P, TILE)
     ACC: tl.constexpr = statistics_ptr.dtype.element_ty
+    tiles = N * tl.cdiv(P, TILE.block_p)
     i_q, programs = tl.program_id(1), tl.num_programs(1)
     c = tl.program_id(0) * BLOCK_C
     o_c = c + tl.arange(0, BLOCK_C)
@@ -221,7 +224,7 @@ def dparameters_kernel(
     b_dbias = tl.zeros([BLOCK_C], ACC)
     b_dadd = tl.zeros([BLOCK_C], ACC)
     b_dadd_bias = tl.zeros([1], ACC)
-    for t in tl.range(i_q, N * tl.cdiv(P, TILE.block_p), programs, num_stages=TILE.stages):
+    for t in tl.range(i_q, tiles, programs, num_stages=TILE.stages):
         at = tile_of_all(t, c, C, P, TILE)
         b_c = load_tile(c_ptr, at, TILE)
         # The mean where there is no map, not 0, which may be an infinite number of deviations away.
@@ -265,6 +268,7 @@ def dc_kernel(
     BLOCK_C: tl.constexpr = TILE.block_c
     C, P = aligned(C, P, TILE)
     ACC: tl.constexpr = statistics_ptr.dtype.element_ty
+    tiles = N * tl.cdiv(P, TILE.block_p)
     i_q, programs = tl.program_id(1), tl.num_programs(1)
     c = tl.program_id(0) * BLOCK_C
     o_c = c + tl.arange(0, BLOCK_C)
@@ -286,7 +290,7 @@ def dc_kernel(
             tl.store(gradients.add_bias, tl.sum(b_dadd_bias, axis=0))
 
     b_mean, b_invstd, b_weight, b_bias = _load_affine(statistics_ptr, parameters, o_c, C, ACC)
-    for t in tl.range(i_q, N * tl.cdiv(P, TILE.block_p), programs, num_stages=TILE.stages):
+    for t in tl.range(i_q, tiles, programs, num_stages=TILE.stages):
         at = tile_of_all(t, c, C, P, TILE)
         b_c = load_tile(c_ptr, at, TILE)
         if parameters.add_weight is None:
