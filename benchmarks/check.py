@@ -54,7 +54,7 @@ INTERPRETER_BATCH = 3
 # Of maps, parameters and gradients. In float32 few roundings may make the whole error, of which eager's is as often the
 # small one; in the other dtypes it is that of what is stored, or eager's own, and one draw is enough.
 DRAWS = {"float32": 4}
-# Channels and side that the interpreter is given of each map: some ms a program is what it costs.
+# Channels and side that the interpreter is given of each map: some ms per program is what it costs.
 INTERPRETED = {"stem": (32, 12), "stage1": (48, 10), "stage2": (64, 8), "stage3": (96, 8), "stage4": (96, 7)}
 
 FULL_SIZE = ("output", "grad x", "grad residual")

@@ -162,11 +162,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--modules", nargs="+", choices=MODULES, default=MODULES)
     parser.add_argument("--kernels", nargs="+", metavar="NAME", help="only these, as in channel_gate.gate_bwd")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="fp64: one shape a module")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="fp64: one shape per module")
     parser.add_argument("--maps", nargs="+", metavar="CxHxW", help="only these feature maps, as in 512x28x28")
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, metavar="N", help="default: 1 32")
     parser.add_argument("--sass", action="store_true", help="hold PTX against the disassembly too: twice the time")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes (default: one a core)")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes (default: one per core)"
+    )
     parser.add_argument("--output", type=Path, metavar="CSV", help="of every kernel; the record is benchmarks/results/")
 
 
@@ -353,7 +355,7 @@ def table(rows: Sequence[Row]) -> Table:
     names = list(dict.fromkeys(row["architecture"] for row in rows))
     names.sort(key=list(ARCHITECTURES).index)
     result = Table(
-        title="Worst of each kernel: registers a thread / KB of shared memory / least occupancy of a multiprocessor",
+        title="Worst of each kernel: registers per thread / KB of shared memory / least occupancy of a multiprocessor",
         caption="vectors: accesses of tensors like x that are 128 bits wide or more, where rows are whole vectors",
         box=box.SIMPLE_HEAD,
     )

@@ -30,7 +30,9 @@ SHAPE = (2, 64, 8, 8)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "example: python -m benchmarks host --modules SE SimAM --calls 2000"
     parser.add_argument("--modules", nargs="+", choices=MODULES, default=MODULES)
-    parser.add_argument("--calls", type=int, default=1000, help="calls a measurement, of which the best of ten counts")
+    parser.add_argument(
+        "--calls", type=int, default=1000, help="calls per measurement, of which the best of ten counts"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -40,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     torch.set_num_threads(1)
     table = Table(
-        title=f"Microseconds of host time a call on {SHAPE}, launches left out",
+        title=f"Microseconds of host time per call on {SHAPE}, launches left out",
         caption="Targets on a GPU, launches included: forward 25, forward + backward 60 for SE and SimAM.",
         box=box.SIMPLE_HEAD,
     )

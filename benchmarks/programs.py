@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from benchmarks.cache import Cache
 
-# Warps that a multiprocessor runs at once where it is not known better: those of 128 registers a thread, for which the
-# kernels are made.
+# Warps that a multiprocessor runs at once where it is not known better: those of 128 registers per thread, for which
+# the kernels are made.
 RESIDENT_WARPS = 16
 
 

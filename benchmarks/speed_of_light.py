@@ -18,7 +18,7 @@ BLOCK = 4096
 
 @triton.jit
 def copy_kernel(source_ptr, target_ptr, SIZE, BLOCK: tl.constexpr):
-    """target = source, BLOCK elements a program."""
+    """target = source, BLOCK elements per program."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     tl.store(target_ptr + o, tl.load(source_ptr + o, mask=o < SIZE), mask=o < SIZE)
 

@@ -119,7 +119,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--machines", nargs="+", choices=MACHINES, default=["H100"])
     parser.add_argument("--pessimistic", action="store_true", help="hop 1.5 us, DRAM 0.9 us, L2 4.5 TB/s")
     parser.add_argument("--sensitivity", action="store_true", help="what each assumption decides, for the first case")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes (default: one a core)")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes (default: one per core)"
+    )
     parser.add_argument(
         "--output",
         type=Path,

@@ -1,12 +1,12 @@
 """Bytes that every module moves, counted without a GPU: eager PyTorch, torch.compile and the fused kernels.
 
 eager is the code that people run (``benchmarks.users``) with its parameters in x's dtype; torch.compile compiles that.
-Touched bytes are those of all loads and stores, in units of N, the bytes of x; distinct ones count once a launch, as
+Touched bytes are those of all loads and stores, in units of |x|, the bytes of x; distinct ones count once a launch, as
 in Inductor's accounting and in eager's. DRAM bytes are what is left of the touched behind a model of the device's L2:
 an LRU over 32-byte sectors, empty before and written back after forward and backward each, at half the nominal
-capacity, for programs in flight share it. Programs run side by side, of 128 registers a thread, each doing one access
+capacity, for programs in flight share it. Programs run side by side, of 128 registers per thread, each doing one access
 in its turn. What runs is a slice of the device and of a batch of 32: as small a part of
-the multiprocessors and of L2 as of the elements, so that N / L2 is that of the whole, of enough samples that one fits
+the multiprocessors and of L2 as of the elements, so that |x| / L2 is that of the whole, of enough samples that one fits
 L2 several times, as on the whole. A slice has fewer channels or pixels, so that its parameters weigh little: what
 programs read of them again and again weighs more on a whole one (--shape).
 The exit status is 1 if a fused module moves more distinct bytes than torch.compile or than its budget allows; CBAM in
@@ -82,7 +82,7 @@ OPS = {name: Op(name, operator.budget) for name, operator in WHOLE.items()}
 OPS |= {f"{name}+add+ReLU": Op(name, op.epilogue_budget, True) for name, op in WHOLE.items() if op.epilogue_budget}
 OPS = dict(sorted(OPS.items(), key=lambda named: list(WHOLE).index(named[1].module)))
 # Of the budget: parameters, gates and maps, which are not full-size. A slice has half of the channels and fewer, so
-# that its maps, of one value a pixel, weigh twice and more what they do on the whole.
+# that its maps, of one value per pixel, weigh twice and more what they do on the whole.
 SMALL = 0.12
 
 
@@ -94,7 +94,7 @@ class Stage(NamedTuple):
 
 
 # A slice has a batch's samples, each as small beside L2 as on the whole: what one group of samples leaves there for the
-# next phase is what decides. Maps of one value a pixel weigh four to eight times what they do on the whole.
+# next phase is what decides. Maps of one value per pixel weigh four to eight times what they do on the whole.
 STAGES = {
     "stage1": Stage((256, 56, 56), (32, 64, 24, 24)),
     "stage2": Stage((512, 28, 28), (32, 64, 28, 28)),
@@ -173,18 +173,18 @@ class Result(NamedTuple):
         """What the fused module does too much of."""
         fused = [p.moved for p in self.passes["fused"]]
         found = [
-            f"{name} moves {moved:.2f}N, the budget is {budget:g}N + {SMALL:.0%}"
+            f"{name} moves {moved:.2f} |x|, the budget is {budget:g} |x| + {SMALL:.0%}"
             for name, moved, budget in zip(DIRECTIONS, fused, self.case.budget, strict=False)
             if moved > budget * (1 + SMALL)
         ]
         if self.case.mode == "train" and self.case.stage:
             dram, budget = sum(p.dram for p in self.passes["fused"]), self.case.dram_budget
             if dram > budget * (1 + SMALL):
-                found.append(f"{dram:.2f}N of DRAM, the budget is {budget:g}N + {SMALL:.0%}")
+                found.append(f"{dram:.2f} |x| of DRAM, the budget is {budget:g} |x| + {SMALL:.0%}")
         if "compile" in self.passes:
             compiled = sum(p.moved for p in self.passes["compile"])
             if sum(fused) > self.case.allowed(compiled):
-                found.append(f"{sum(fused):.2f}N in all, torch.compile {compiled:.2f}N")
+                found.append(f"{sum(fused):.2f} |x| in all, torch.compile {compiled:.2f} |x|")
         return found
 
 

@@ -1,4 +1,4 @@
-"""Draws docs/dataflow.png: which launches a call makes, and what each reads and writes of full size."""
+"""Draws docs/dataflow.png: which launches per call makes, and what each reads and writes of full size."""
 
 from __future__ import annotations
 
@@ -79,7 +79,9 @@ def draw_steps(ax: Axes, steps: tuple[Step, ...], title: str, columns: int) -> N
     ax.axis("off")
     launches = sum(s.launches if s.pytorch else 1 for s in steps)
     moved = sum(len(s.reads) + len(s.writes) for s in steps)
-    ax.set_title(f"{title}: {launches} launch{'es' * (launches > 1)}, {moved}N", loc="left", fontsize=10, color=TENSOR)
+    ax.set_title(
+        f"{title}: {launches} launch{'es' * (launches > 1)}, {moved}|x|", loc="left", fontsize=10, color=TENSOR
+    )
     for i, step in enumerate(steps):
         left, color = i * PITCH, PYTORCH if step.pytorch else KERNEL
         box = FancyBboxPatch((left, 0), WIDTH, 1, boxstyle="round,pad=0,rounding_size=0.12", color=color, linewidth=0)
@@ -117,7 +119,7 @@ def main() -> None:
     figure.supxlabel(
         "Blue box: one launch. Grey box: what PyTorch runs on small tensors, its launches not counted (but BAM's 6 of "
         "ours). Arrows: tensors of x's size, read (blue), read\nagain, from L2 as a rule (dashed, not counted), "
-        "written (orange). A residual is one more read of the last box of forward. N = bytes of x.",
+        "written (orange). A residual is one more read of the last box of forward. |x|: bytes of x.",
         fontsize=8.5,
         color=TENSOR,
     )

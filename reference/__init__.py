@@ -1,4 +1,4 @@
-"""SE, BAM, CBAM and SimAM in plain PyTorch: what ``attn_kernels`` computes, one formula a line."""
+"""SE, BAM, CBAM and SimAM in plain PyTorch: what ``attn_kernels`` computes, one formula per line."""
 
 from reference.bam import BAM, bam
 from reference.cbam import CBAM, ChannelGate, SpatialGate, cbam, channel_gate, spatial_gate

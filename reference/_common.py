@@ -173,7 +173,7 @@ def uses_batch_statistics(norm: nn.Module) -> bool:
 
 
 def check_batch_statistics(norm: object, x: Tensor, count: int) -> None:
-    """Raise ValueError where BatchNorm would find one value a channel, before any module counts the batch."""
+    """Raise ValueError where BatchNorm would find one value per channel, before any module counts the batch."""
     if count == 1 and isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) and uses_batch_statistics(norm):
         raise ValueError(
             f"x: expected more than 1 value per channel for {type(norm).__name__} in training, "

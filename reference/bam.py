@@ -147,7 +147,7 @@ def bam(
         (N, C, H, W) in ``x``'s dtype and memory format.
 
     Raises:
-        TypeError, ValueError: an argument of another dtype, shape or device, one value a channel for a training
+        TypeError, ValueError: an argument of another dtype, shape or device, one value per channel for a training
             BatchNorm, or a branch that returns another shape.
     """
     check_bam(x, gate_c, gate_s, residual=residual, activation=activation)

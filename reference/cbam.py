@@ -172,7 +172,7 @@ def spatial_gate(
         (N, C, H, W) in ``x``'s dtype and memory format. The map is computed in float32 (float64 for float64).
 
     Raises:
-        TypeError, ValueError: an argument of another dtype, shape or device, or one value a channel for a training
+        TypeError, ValueError: an argument of another dtype, shape or device, or one value per channel for a training
             BatchNorm.
     """
     check_spatial_gate(x, conv_weight, norm, residual=residual, activation=activation)

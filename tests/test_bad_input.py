@@ -210,9 +210,9 @@ EVERY_CONVOLUTION: list[Any] = [
     ),
     on_meta("conv_weight"),
     ("norm None", {"norm": given(None)}, TypeError, "norm: expected a module or a function of a tensor, got NoneType"),
-    ("one value a channel", ONE_PIXEL, ValueError, ONE_VALUE),
+    ("one value per channel", ONE_PIXEL, ValueError, ONE_VALUE),
     (
-        "one value a channel without statistics",
+        "one value per channel without statistics",
         {**ONE_PIXEL, "norm": lambda norm: nn.BatchNorm2d(1, track_running_stats=False).to(norm.weight.device).eval()},
         ValueError,
         ONE_VALUE,
@@ -344,7 +344,7 @@ SPECIFIC: dict[str, list[Any]] = {
             ValueError,
             r"x: expected more than 1 value per channel for BatchNorm1d in training, got shape \(1, 8, 4, 5\)",
         ),
-        ("one value a channel", {**ONE_PIXEL, "gate_c": lambda gate: gate.eval()}, ValueError, ONE_VALUE),
+        ("one value per channel", {**ONE_PIXEL, "gate_c": lambda gate: gate.eval()}, ValueError, ONE_VALUE),
         (
             "gate_c that would broadcast",
             {"gate_c": replaced("gate_c_fc_final", lambda: nn.Linear(2, 1))},

@@ -220,7 +220,7 @@ def test_deterministic_algorithms(name, device):
 
 
 class Quantized(torch.Tensor):
-    """Eight bits an element and a scale, dequantised by whatever operator takes it, as torchao's weights are."""
+    """Eight bits per element and a scale, dequantised by whatever operator takes it, as torchao's weights are."""
 
     @staticmethod
     def __new__(cls, values, scale):

@@ -502,5 +502,5 @@ def test_eval_mode_leaves_the_statistics_alone(name):
     module = randomize(MODULES[name]().eval())
     before = {key: b.clone() for key, b in module.named_buffers()}
     module(torch.randn(2, 32, 6, 5))
-    module(torch.randn(1, 32, 1, 1))  # one value a channel is enough in eval mode
+    module(torch.randn(1, 32, 1, 1))  # one value per channel is enough in eval mode
     assert all(torch.equal(b, before[key]) for key, b in module.named_buffers())

@@ -205,7 +205,7 @@ def test_saves_x_and_little_else(device):
     x = torch.randn(2, 256, 14, 14, device=device).requires_grad_()
     for name in ("SE", "CBAM", "BAM", "SimAM"):
         share = saved_share(getattr(attn_kernels, name)(256).to(device), x, torch.randn_like(x), "relu")
-        # One bit an element is 1/32 of fp32; BAM's branches keep five maps of a sixteenth of the channels.
+        # One bit per element is 1/32 of fp32; BAM's branches keep five maps of a sixteenth of the channels.
         assert share < 1 / 32 + (0.34 if name == "BAM" else 0.01), f"{name} saves {share:.1%} of x"
 
 

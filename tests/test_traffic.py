@@ -316,7 +316,7 @@ class TestResult:
     def test_complains_of_what_is_over(self):
         assert self.result((3.1, 4.1), (3.2, 4.1)).complaints == []
         assert len(self.result((3.1, 4.1), (3, 4)).complaints) == 1
-        assert self.result((3.4, 4), (5, 5)).complaints == ["forward moves 3.40N, the budget is 3N + 12%"]
+        assert self.result((3.4, 4), (5, 5)).complaints == ["forward moves 3.40 |x|, the budget is 3 |x| + 12%"]
         assert len(self.result((4, 5), (3, 4)).complaints) == 3
 
     def test_simam_has_two_budgets(self):
