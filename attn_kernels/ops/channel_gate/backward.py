@@ -194,6 +194,7 @@ def _dgate(
     """
     BLOCK_C: tl.constexpr = TILE.block_c
     K: tl.constexpr = POOLS.K
+    GATE: tl.constexpr = MLP.gate
     SAMPLES: tl.constexpr = WORK.samples
     N, C, P, R, S, chunk = size
     i_s = task % S
@@ -221,7 +222,7 @@ def _dgate(
             tl.store(scratch.gate + o_gate, b_gates, mask=m)
     else:  # needed earlier, by the spatial gate's backward, and therefore there already
         b_gates = tl.load(scratch.gate + o_gate, mask=m, other=0)
-    b_dlogits = tl.where(m, gate_bwd(b_dgates, b_gates, MLP.gate), 0.0)
+    b_dlogits = tl.where(m, gate_bwd(b_dgates, b_gates, GATE), 0.0)
     if WORK.joined:
         p_stats = scratch.stats + (o_n.to(tl.int64)[:, None] * S + i_s) * (1 + POOLS.avg) * C + o_c[None, :]
         tl.store(p_stats, b_dlogits, mask=m)
@@ -258,7 +259,7 @@ def _join(x_ptr, argmax_ptr, scratch, given_up, group, i_j, size, POOLS: tl.cons
 
 
 @triton.jit
-def _pool_grads(b_davgs, b_dmaxs, b_dlps, b_dlses, argmax_ptr, kept_ptr, row, i_n, o_c, C, POOLS: tl.constexpr):
+def _pool_grads(b_davgs, b_dmaxs, b_dlps, b_dlses, argmax_ptr, saved_pools_ptr, row, i_n, o_c, C, POOLS: tl.constexpr):
     """Of a sample: gradients of average and maximum, the maximum's pixel, factors of x and exp(x - lse), and lse."""
     m_c = o_c < C
     b_davg = get_row(b_davgs, row)
@@ -267,16 +268,16 @@ def _pool_grads(b_davgs, b_dmaxs, b_dlps, b_dlses, argmax_ptr, kept_ptr, row, i_
     b_dlp = b_davg
     b_dlse = b_davg
     b_lse = b_davg
-    p_kept = kept_ptr + i_n * (POOLS.lp + POOLS.lse) * C + o_c
+    p_saved = saved_pools_ptr + i_n * (POOLS.lp + POOLS.lse) * C + o_c
     if POOLS.max:
         b_dmax = get_row(b_dmaxs, row)
         b_argmax = tl.load(argmax_ptr + i_n * C + o_c, mask=m_c, other=0).to(tl.int32)
     if POOLS.lp:
-        b_lp = tl.load(p_kept, mask=m_c, other=0)
+        b_lp = tl.load(p_saved, mask=m_c, other=0)
         b_dlp = tl.where(b_lp == 0, 0.0, get_row(b_dlps, row) / tl.where(b_lp == 0, 1.0, b_lp))
     if POOLS.lse:
         b_dlse = get_row(b_dlses, row)
-        b_lse = tl.load(p_kept + POOLS.lp * C, mask=m_c, other=0)
+        b_lse = tl.load(p_saved + POOLS.lp * C, mask=m_c, other=0)
     return b_davg, b_dmax, b_argmax, b_dlp, b_dlse, b_lse
 
 
@@ -358,7 +359,7 @@ def gate_bwd_kernel(
     rest = tl.where((weight_task < 0) & second, task - hidden_tasks, -1)  # task of REST, or negative
     if weight_task >= 0:
         given_up = wait(p_all, 1, sync, WORK.single)
-        dweights(saved_ptr, scratch, gradients, given_up, weight_task, size, POOLS, MLP.activation, WORK.block_w)
+        dweights(saved_ptr, scratch, gradients, given_up, weight_task, size, POOLS, MLP, WORK)
     elif not second:
         if WORK.single or epoch != JOIN:
             _dgate(
@@ -391,7 +392,7 @@ def gate_bwd_kernel(
                 signal(p_join + group * J + task // S, sync, WORK.single)
     elif task < hidden_tasks:
         given_up = wait(sync.first, first_tasks, sync, WORK.single)
-        hidden_grad(scratch, saved_ptr, given_up, group, task, first_tasks, size, K, MLP.activation, WORK)
+        hidden_grad(scratch, saved_ptr, given_up, group, task, first_tasks, size, K, MLP, WORK)
         if WORK.single:
             if not given_up:  # who waits for it reads what the first phase has left, too
                 signal(sync.hidden + task, sync, True)
@@ -406,7 +407,7 @@ def gate_bwd_kernel(
         c = rest // S * BLOCK_C
         o_c = c + tl.arange(0, BLOCK_C)
         dpre_ptr = scratch.dpreactivation
-        kept_ptr = saved_ptr + tl.cast(N, tl.int64) * K * extent.R
+        saved_pools_ptr = saved_ptr + tl.cast(N, tl.int64) * K * extent.R
         b_davgs = tl.zeros([1, BLOCK_C], ACC)
         b_dmaxs = b_davgs
         b_dlps = b_davgs
@@ -428,7 +429,7 @@ def gate_bwd_kernel(
             i_n = tl.cast(group, tl.int64)
             b_gate = load_gates(scratch.gate, given_up, group, o_c, N, C, SAMPLES)
             b_davg, b_dmax, b_argmax, b_dlp, b_dlse, b_lse = _pool_grads(
-                b_davgs, b_dmaxs, b_dlps, b_dlses, argmax_ptr, kept_ptr, 0, i_n, o_c, C, POOLS
+                b_davgs, b_dmaxs, b_dlps, b_dlses, argmax_ptr, saved_pools_ptr, 0, i_n, o_c, C, POOLS
             )
         for t in tl.range(begin, end, STEP, num_stages=WORK.plane_stages):
             p = t
@@ -437,7 +438,7 @@ def gate_bwd_kernel(
                 i_n = tl.cast(group * SAMPLES + t, tl.int64)
                 b_gate = get_row(b_gates, t)
                 b_davg, b_dmax, b_argmax, b_dlp, b_dlse, b_lse = _pool_grads(
-                    b_davgs, b_dmaxs, b_dlps, b_dlses, argmax_ptr, kept_ptr, t, i_n, o_c, C, POOLS
+                    b_davgs, b_dmaxs, b_dlps, b_dlses, argmax_ptr, saved_pools_ptr, t, i_n, o_c, C, POOLS
                 )
             at = Place(i_n, c, p, C, P)
             b_dx = load_epilogue_grad(dy_ptr, mask_ptr, gradients.dresidual, at, TILE, "evict_first")

@@ -152,7 +152,7 @@ def channel_plan(
     chunk = cdiv(tiles, splits or cdiv(tiles, min(most, least))) * block_p
     splits, groups = cdiv(p, chunk), cdiv(n, samples)
     # The first phase is as many groups ahead as run at once: they are done when the second gets there. That is 12.4 to
-    # 16.5 MB of x on an H100, whose L2 has 50.
+    # 16.5 MiB of x on an H100, whose L2 has 50 MB; the programs that run at once add as much again at most.
     group_bytes = max(blocks * splits * task_bytes, samples * c * p * itemsize)
     lookahead = min(max(resident * g.multiprocessors // cdiv(group_bytes, task_bytes), 1), groups)
     # One stage, since programs exchange data (see grid_sync.py). Registers for two programs of 8 warps per

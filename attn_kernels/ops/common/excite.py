@@ -140,6 +140,8 @@ def excite(
     """[SAMPLES, BLOCK_C] gates of the channels from c on of a group; NaN where the preactivation was given up."""
     SAMPLES: tl.constexpr = WORK.samples
     BLOCK: tl.constexpr = WORK.block_r
+    ACTIVATION: tl.constexpr = MLP.activation
+    GATE: tl.constexpr = MLP.gate
     ACC: tl.constexpr = preactivation_ptr.dtype.element_ty
     C, R = size.C, size.R
     o_c = c + tl.arange(0, BLOCK_C)
@@ -152,11 +154,11 @@ def excite(
         b_hidden = tl.zeros([SAMPLES, BLOCK], ACC)
         for k in tl.static_range(K):
             p_pre = preactivation_ptr + (o_n * K + k) * R + o_r[None, :]
-            b_hidden += activate(tl.load(p_pre, mask=m, other=0, cache_modifier=".cg"), MLP.activation)
+            b_hidden += activate(tl.load(p_pre, mask=m, other=0, cache_modifier=".cg"), ACTIVATION)
         b_logit += matmul_nt(b_hidden, load_weight(w2_ptr, o_c, o_r, C, R, ACC))
     if b2_ptr is not None:
         b_logit += K * tl.load(b2_ptr + o_c, mask=o_c < C, other=0).to(ACC)[None, :]
-    b_gate = unless(given_up, gate_value(b_logit, MLP.gate))
+    b_gate = unless(given_up, gate_value(b_logit, GATE))
     if gate_ptr is not None:
         tl.store(gate_ptr + o_n * C + o_c[None, :], b_gate, mask=m_n & (o_c < C)[None, :])
     return b_gate

@@ -25,11 +25,12 @@ def hidden_grad(
     J,
     size,
     K: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+    MLP: tl.constexpr,
     WORK: tl.constexpr,
 ):
     """dpreactivation = act' * fc2^T @ dlogit for every pool, BLOCK_E elements of a group of samples."""
     R = size.R
+    ACTIVATION: tl.constexpr = MLP.activation
     ACC: tl.constexpr = scratch.dpartial.dtype.element_ty
     i_n, o_r, m = hidden_elements(group, task, size.N, R, WORK)
     b_dhidden = unless(given_up, sum_partials(scratch.dpartial, i_n, o_r, m, J, R, ACC, WORK.block_e))
@@ -78,18 +79,20 @@ def dweights(
     task,
     size,
     POOLS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    BLOCK: tl.constexpr,
+    MLP: tl.constexpr,
+    WORK: tl.constexpr,
 ):
     """dw2 = dlogit^T @ hidden, dw1 = dpreactivation^T @ pool, and the biases' sums, of a block of C x R.
 
     16 samples at a time.
     """
+    ACTIVATION: tl.constexpr = MLP.activation
+    BLOCK: tl.constexpr = WORK.block_w
     ACC: tl.constexpr = saved_ptr.dtype.element_ty
     K: tl.constexpr = POOLS.K
     COMPUTED: tl.constexpr = POOLS.avg + POOLS.max
     N, C, R = size.N, size.C, size.R
-    kept_ptr = saved_ptr + tl.cast(N, tl.int64) * K * R
+    saved_pools_ptr = saved_ptr + tl.cast(N, tl.int64) * K * R
     i_c = task // tl.cdiv(R, BLOCK)
     i_r = task % tl.cdiv(R, BLOCK)
     o_c = (i_c * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
@@ -117,7 +120,7 @@ def dweights(
             if k < COMPUTED:
                 p_pool = scratch.pool + (o_n[None, :] * COMPUTED + k) * C
             else:
-                p_pool = kept_ptr + (o_n[None, :] * (POOLS.lp + POOLS.lse) + (k - COMPUTED)) * C
+                p_pool = saved_pools_ptr + (o_n[None, :] * (POOLS.lp + POOLS.lse) + (k - COMPUTED)) * C
             b_pool = tl.load(p_pool + o_c[:, None], mask=m_cn, other=0, cache_modifier=".cg")
             b_dw1 += tl.dot(b_pool, b_dpre, input_precision="ieee", out_dtype=ACC)
         b_dw2 += tl.dot(b_dlogit, b_hidden, input_precision="ieee", out_dtype=ACC)

@@ -43,9 +43,9 @@ _epochs = itertools.count(2**62 + secrets.randbits(61))
 # Polls of about a microsecond each.
 PATIENCE = tl.constexpr(2**20)
 
-# The phases where each is a launch, in this order. PARTS is the first phase of a single launch, in which the task of a
-# split plane's last part adds up the sums of all parts: here a JOIN does. HIDDEN, GATES and REST are stretches of the
-# second phase's tasks, WEIGHTS the programs behind those.
+# The phases where each is a launch, in this order. PARTS are the tasks of the first phase. In a single launch the task
+# of a split plane's last part also adds up the sums of all parts; among plain launches JOIN does. HIDDEN, GATES and REST
+# are the tasks of the second phase, WEIGHTS those behind them.
 PARTS = tl.constexpr(0)
 JOIN = tl.constexpr(1)
 HIDDEN = tl.constexpr(2)
@@ -174,7 +174,7 @@ def wait(flags_ptr, count, sync, SINGLE: tl.constexpr):
     """
     if SINGLE:
         polls = 0
-        for i in range(0, count, 512):  # no fewer than a program has threads
+        for i in range(0, count, 512):  # at least as many as a program has threads
             o = i + tl.arange(0, 512)
             pending = 1
             while (pending > 0) & (polls < PATIENCE):
