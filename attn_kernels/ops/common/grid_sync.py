@@ -44,8 +44,8 @@ _epochs = itertools.count(2**62 + secrets.randbits(61))
 PATIENCE = tl.constexpr(2**20)
 
 # The phases where each is a launch, in this order. PARTS are the tasks of the first phase. In a single launch the task
-# of a split plane's last part also adds up the sums of all parts; among plain launches JOIN does. HIDDEN, GATES and REST
-# are the tasks of the second phase, WEIGHTS those behind them.
+# of a split plane's last part also adds up the sums of all parts; among plain launches JOIN does. HIDDEN, GATES and
+# REST are the tasks of the second phase, WEIGHTS those behind them.
 PARTS = tl.constexpr(0)
 JOIN = tl.constexpr(1)
 HIDDEN = tl.constexpr(2)
