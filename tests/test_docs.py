@@ -8,7 +8,12 @@ import pytest
 from attn_kernels.fuse.adapters import ADAPTERS
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+DOCUMENTS = [
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "attn_kernels/ops/README.md",
+]
 WITH_CODE = [path for path in DOCUMENTS if path.parent.name == "docs" and "```python" in path.read_text()]
 
 
