@@ -72,12 +72,12 @@ def _as_tuples(value: object) -> object:
 @contextmanager
 def launching_without_data(multiprocessors: int) -> Iterator[None]:
     """Inside the block modules launch on meta and fake tensors, as on a GPU of that size."""
-    with _lock, _Launchers():
-        _device.assumed_multiprocessors, _device.recorded_thread = multiprocessors, get_ident()
+    with _lock, _Launchers(), _device.assuming(multiprocessors):
+        _device.recorded_thread = get_ident()
         try:
             yield
         finally:
-            _device.assumed_multiprocessors = _device.recorded_thread = 0
+            _device.recorded_thread = 0
 
 
 class _Launchers(TorchDispatchMode):

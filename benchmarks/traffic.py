@@ -30,7 +30,6 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
-from unittest.mock import patch
 
 import torch
 from rich import box
@@ -281,7 +280,7 @@ def measure(case: Case, compiled: bool = True) -> Result:
 
     passes, kernels = {}, []
     for provider, module in (("eager", eager), ("fused", fused)):
-        with patch.object(gpu, "assumed_multiprocessors", multiprocessors):
+        with gpu.assuming(multiprocessors):
             seen = passes_of(module, count=lambda: meter(Cache(capacity), multiprocessors))
         passes[provider] = [
             Pass(t.launches, *(size / x.nbytes for size in (t.touched, t.cache.distinct, t.dram))) for t in seen

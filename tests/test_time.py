@@ -191,10 +191,9 @@ class TestRecorded:
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize(("name", "shape"), CASES)
-    def test_moves_what_the_whole_launch_moves(self, name, shape, layout, monkeypatch):
+    def test_moves_what_the_whole_launch_moves(self, name, shape, layout):
         """Loads and stores by launch, but for the polls of those who wait, as the meter counts them."""
         multiprocessors = 4
-        monkeypatch.setattr(gpu, "multiprocessors", lambda x: multiprocessors)
 
         def train(device, watch):
             with torch.device(device):
@@ -206,7 +205,8 @@ class TestRecorded:
                 torch.autograd.grad(y, [x, *module.parameters()], torch.ones_like(y))
             return forward, backward
 
-        whole = [launch for traffic in train("cpu", meter) for launch in traffic.per_launch]
+        with gpu.assuming(multiprocessors):
+            whole = [launch for traffic in train("cpu", meter) for launch in traffic.per_launch]
         few = [launch for found in train("meta", lambda: recording(multiprocessors, shape)) for launch in found]
         assert [launch.name for launch in few] == [launch.name for launch in whole]
         for launch, counted in zip(few, whole, strict=True):

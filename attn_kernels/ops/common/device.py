@@ -9,14 +9,15 @@ from __future__ import annotations
 import functools
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 SINGLE_LAUNCH = os.environ.get("ATTN_KERNELS_SINGLE_LAUNCH", "1") != "0"
 
-# Of the GPU that tensors elsewhere stand for; else 0.
-assumed_multiprocessors = 0
+_assumed_multiprocessors = 1  # of tensors elsewhere: the interpreter runs programs one after another
 # The thread whose launches on meta and fake tensors are recorded; else 0.
 recorded_thread = 0
 
@@ -28,8 +29,19 @@ def _multiprocessors(device_index: int | None) -> int:
 
 
 def multiprocessors(x: Tensor) -> int:
-    """Of x's GPU; 1 under the interpreter, which runs programs one after another."""
-    return _multiprocessors(x.device.index) if x.is_cuda else assumed_multiprocessors or 1
+    """Of x's GPU, or of that which tensors elsewhere stand for."""
+    return _multiprocessors(x.device.index) if x.is_cuda else _assumed_multiprocessors
+
+
+@contextmanager
+def assuming(multiprocessors: int) -> Iterator[None]:
+    """Inside the block tensors that are on no GPU stand for those on one with so many multiprocessors."""
+    global _assumed_multiprocessors
+    before, _assumed_multiprocessors = _assumed_multiprocessors, multiprocessors
+    try:
+        yield
+    finally:
+        _assumed_multiprocessors = before
 
 
 @functools.cache
