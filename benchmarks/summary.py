@@ -12,8 +12,6 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from reference.catalogue import FAMILIES
-
 LINES = 80
 FAILURES = 14
 WIDTH = 220  # characters of a line that tells of a failure
@@ -193,10 +191,9 @@ def moved(rows: list[Row]) -> Iterator[str]:
     yield "| family, shape | DRAM measured | DRAM modelled | L2 measured | kernels |"
     yield "| --- | --- | --- | --- | --- |"
     modelled = {
-        FAMILY_OF[row["op"]]: float(row["dram_forward"]) + float(row["dram_backward"])
+        row["op"].lower(): float(row["dram_forward"]) + float(row["dram_backward"])
         for row in table(TRAFFIC)
-        if row["op"] in FAMILY_OF
-        and (row["stage"], row["mode"], row["provider"]) == ("stage1", "train", "fused")
+        if (row["stage"], row["mode"], row["provider"]) == ("stage1", "train", "fused")
         and row["layout"] == rows[0]["layout"]
     }
     for family in dict.fromkeys(row["family"] for row in rows):
@@ -222,9 +219,6 @@ def left_out(steps: dict[str, dict], log: str) -> Iterator[str]:
             yield f"{title}: {', '.join(names)}."[:1000]
     if found or unfinished:
         yield "The same command again goes on from here."
-
-
-FAMILY_OF = {op: family for family, op in FAMILIES.items()}
 
 
 def _place(row: Row) -> tuple[str, ...]:

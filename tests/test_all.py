@@ -19,6 +19,7 @@ from benchmarks.__main__ import main
 from benchmarks.process import DIED, FAILED, HUNG, OK, SKIPPED, STOPPED, UNFINISHED, Ended, Log, Step, run_all
 from benchmarks.rows import Environment, Measurement, Results
 from benchmarks.timing import Quantiles
+from reference.catalogue import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("single_launch")
 
@@ -245,6 +246,10 @@ class TestSequence:
         assert main(["all", "--out", str(tmp_path)]) == 2
         assert "all needs an NVIDIA GPU" in capsys.readouterr().err
         assert "needs an NVIDIA GPU" in (tmp_path / "summary.md").read_text()
+
+
+def test_families_are_the_catalogues():
+    assert tuple(FAMILIES) == everything.FAMILIES
 
 
 def test_needs_nothing_beside_torch_and_triton():

@@ -374,7 +374,7 @@ class TestCheck:
         with pytest.raises(SystemExit) as exit:
             main(["check", "SEE"])
         assert exit.value.code == 2
-        assert "expected SE, BAM, CBAM, SimAM or network, got SEE" in capsys.readouterr().err
+        assert "expected SE, CBAM, BAM, SimAM or network, got SEE" in capsys.readouterr().err
 
     def test_check_is_the_default_command(self, capsys):
         assert main(self.arguments[1:]) == 0

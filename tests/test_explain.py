@@ -21,7 +21,7 @@ import reference
 from attn_kernels import __main__ as command
 from attn_kernels import explain, functional, fuse_
 from attn_kernels._versions import interpreter_clash
-from reference.catalogue import LAYOUTS
+from reference.catalogue import LAYOUTS, OPERATORS
 from tests.fuse.cases import SqueezeExciteCl, timm
 from tests.harness import MODULES, pair, real_input
 from tests.peers import jongchan, moskomule, simam_module
@@ -464,10 +464,10 @@ def test_command_checks_the_interpreted_kernels():
     done = _command(TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    for name in command.NAMES:
+    for name in OPERATORS:
         for layout in LAYOUTS:
             assert [name, layout, *["fused"] * 4] in lines
-    for name in (*command.NAMES, "channel_attention"):
+    for name in (*OPERATORS, "channel_attention"):
         assert [name, "ok,"] in [line[:2] for line in lines]
     for fact in (
         "PyTorch",
@@ -524,9 +524,9 @@ def test_command_asks_the_driver(monkeypatch):
         (torch.cuda, "get_device_properties", ["GPU 0"]),
         (torch.cuda, "is_available", ["What runs here"]),
         (functional, "why_not", ["What runs here"]),
-        (attn_kernels, "explain", [f"  {name}" for name in command.NAMES]),
+        (attn_kernels, "explain", [f"  {name}" for name in OPERATORS]),
         (attn_kernels, "SE", ["  SE"]),
-        (command, "error", [f"  {name}" for name in (*command.NAMES, "channel_attention")]),
+        (command, "error", [f"  {name}" for name in (*OPERATORS, "channel_attention")]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

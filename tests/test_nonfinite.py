@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import attn_kernels
@@ -32,13 +33,20 @@ WALKED = ("simam", "cbam", "bam", "spatial_gate", "channel_gate max", "channel_g
 
 
 @pytest.fixture(autouse=True)
-def relu6_of_scalars(monkeypatch):
-    """ReLU6's gradient at NaN is dy on GPUs and of few numbers on the CPU; of many, vectorised code makes 0 of it."""
+def as_of_few_numbers(monkeypatch):
+    """On GPUs, and of few numbers on the CPU, ReLU6's gradient at NaN is dy, and gelu at infinity is infinite.
+
+    Of many numbers PyTorch's vectorised code makes 0 of the one, and with AVX512 NaN of the other.
+    """
 
     def hardsigmoid(x):
         return torch.where(x + 3 >= 6, 6.0, torch.relu(x + 3)) / 6
 
+    def gelu(x):
+        return torch.where(x == INF, x, F.gelu(x))
+
     monkeypatch.setitem(GATES, "hardsigmoid", hardsigmoid)
+    monkeypatch.setitem(ACTIVATIONS, "gelu", gelu)
 
 
 def _kinds(t):

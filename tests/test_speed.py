@@ -246,7 +246,7 @@ class TestPlan:
 
     def test_of_speed_begins_with_what_tells_most(self):
         cells = sorted(speed.cells(), key=lambda cell: cell.rank)
-        first = list(itertools.product(speed.RESNET_50, ["se", "se_add_relu", "cbam", "simam", "bam"]))
+        first = list(itertools.product(speed.RESNET_50, ["se", "se_add_relu", "cbam", "bam", "simam"]))
         compared = ["copy", "fused", "eager", "compile"]
         expected = [
             (kernel, provider, (batch, channels, side, side), layout, "bf16")

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("single_launch")
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")
 H100 = MACHINES["H100"]
-SOURCE = (Line("kernel.py", 7),)
+SOURCE = (Line("x/kernel.py", 7),)
 
 
 class TestStretches:
@@ -79,8 +79,8 @@ class TestStretches:
             ".L_x_1:", "line 3", "LDG.E R4, desc[UR6][R2.64]", "line 7", *inner, "@P0 BRA `(.L_x_1)"
         )
         assert [s.is_loop for s in (before, loop, after)] == [False, True, False]
-        assert (loop.stored, loop.evict_first, loop.accesses) == (16, {"store"}, {Line("kernel.py", 7)})
-        assert before.accesses == {Line("kernel.py", 3)}
+        assert (loop.stored, loop.evict_first, loop.accesses) == (16, {"store"}, {Line("x/kernel.py", 7)})
+        assert before.accesses == {Line("x/kernel.py", 3)}
 
     def test_counts_what_is_issued(self):
         (code,) = self.parse("MUFU.EX2 R4, R5", "FADD R4, R4, R4", "LDS.128 R8, [R2]", "BAR.SYNC 0x0", "EXIT")
