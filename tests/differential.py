@@ -28,6 +28,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from attn_kernels.ops import simam
 from attn_kernels.ops.bam import norm as bam_norm
+from attn_kernels.ops.cbam import backward as cbam_backward
 from attn_kernels.ops.cbam import convolution, forward
 from attn_kernels.ops.channel_gate import plan
 from attn_kernels.ops.common import device as gpu
@@ -46,9 +47,12 @@ CACHED = (
     tiling.pixel_tile,
     simam.whole_plane_tile,
     plan.channel_plan,
+    plan.forward_launch,
+    plan.backward_launch,
     bam_norm.norm_tile,
     forward.pools_tile,
     forward.scale_tile,
+    cbam_backward.dspatial_tile,
 )
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -71,7 +71,14 @@ def test_one_pixel(module, layout, dtype, device):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("module", MODULES)
 def test_planes_and_channels_larger_than_a_tile(module, layout, device, monkeypatch):
-    configurations = tiling.plane_tile, tiling.pixel_tile, simam.whole_plane_tile, plan.channel_plan
+    configurations = (
+        tiling.plane_tile,
+        tiling.pixel_tile,
+        simam.whole_plane_tile,
+        plan.channel_plan,
+        plan.forward_launch,
+        plan.backward_launch,
+    )
     for configuration in configurations:
         configuration.cache_clear()
     monkeypatch.setattr(tiling, "TILE", 512)

@@ -30,7 +30,7 @@ from attn_kernels.ops.common.epilogue import (
     store_epilogue,
     unmask,
 )
-from attn_kernels.ops.common.excite import Extent, Sizes
+from attn_kernels.ops.common.excite import Sizes
 from attn_kernels.ops.common.grid_sync import Sync, empty_scratch, flags_pointer, launches, phase_task, signal
 from attn_kernels.ops.common.layout import contiguous, like
 from attn_kernels.ops.common.operator import (
@@ -40,7 +40,7 @@ from attn_kernels.ops.common.operator import (
     save_tensors,
     saved_tensors,
 )
-from attn_kernels.ops.common.pools import POOLS, empty_argmax, pool_bits, pools_of
+from attn_kernels.ops.common.pools import POOLS, Extent, empty_argmax, pool_bits, pools_of
 from attn_kernels.ops.common.squeeze import scratch_pointers, squeeze_planes, workspace
 from attn_kernels.ops.common.tile import (
     Place,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from attn_kernels.ops.common.tile import (
     pixel_block,
     store_tile,
 )
-from attn_kernels.ops.common.tiling import cdiv, geometry, pixel_tile
+from attn_kernels.ops.common.tiling import Geometry, Tile, cdiv, geometry, pixel_tile
 
 
 @triton.jit
@@ -116,6 +117,14 @@ def spatial_dx_kernel(
         store_tile(b_dx, dx_ptr, at, TILE, "evict_first")
 
 
+@functools.lru_cache
+def dspatial_tile(g: Geometry) -> Tile:
+    """For the spatial gate's gradient."""
+    tile = pixel_tile(g)
+    # Two programs of 8 warps fit; three of 4, which spilled with 128.
+    return tile._replace(maxnreg=128 if tile.num_warps >= 8 else 168)
+
+
 class CbamGradients(NamedTuple):
     """dx, and dy behind the ReLU or empty; of the MLP's weights, of the convolution's and of BatchNorm's."""
 
@@ -157,13 +166,12 @@ def launch(
     """Fill ``gradients``; without weights there is no channel gate."""
     n, c, h, w = x.shape
     dy = like(dy, x)
-    tile = pixel_tile(geometry(x))
-    # Two programs of 8 warps fit; three of 4, which spilled with 128.
-    tile = tile._replace(maxnreg=128 if tile.num_warps >= 8 else 168)
+    g = geometry(x)
+    tile = dspatial_tile(g)
     programs = n * cdiv(h * w, tile.block_p)
     spatial, channel_pools, dlogit = z.new_empty((n, 3, h, w)), z.new_empty((2, n, h, w)), z.new_empty((n, h, w))
     partial = z.new_empty((programs, 2))
-    scratch = None if weights is None else launch_gates(x, weights, saved, pools, MLP)
+    scratch = None if weights is None else launch_gates(x, g, weights, saved, pools, MLP)
     dspatial_kernel[(programs,)](
         dy_ptr=dy,
         mask_ptr=optional(mask),
@@ -188,24 +196,23 @@ def launch(
     )
     behind = SpatialGrad(spatial, spatial_argmax)
     if weights is None:
-        _launch_dx(gradients, dy, mask, x, behind)
+        _launch_dx(gradients, dy, mask, g, behind)
     else:
         channel = Gradients(*gradients[:6])
-        launch_backward(channel, dy, mask, x, behind, weights, saved, argmax, pools, MLP, scratch)
+        launch_backward(channel, dy, mask, x, g, behind, weights, saved, argmax, pools, MLP, scratch)
 
 
-def _launch_dx(gradients: CbamGradients, dy: Tensor, mask: Tensor, x: Tensor, spatial: SpatialGrad) -> None:
-    n, c, h, w = x.shape
-    plan = channel_plan(geometry(x), 0, dspatial=True)
+def _launch_dx(gradients: CbamGradients, dy: Tensor, mask: Tensor, g: Geometry, spatial: SpatialGrad) -> None:
+    plan = channel_plan(g, 0, dspatial=True)
     tile = plan.tile._replace(stages=1)
-    spatial_dx_kernel[(n * plan.tasks,)](
+    spatial_dx_kernel[(g.n * plan.tasks,)](
         dy_ptr=dy,
         mask_ptr=optional(mask),
         spatial=spatial,
         dx_ptr=gradients.dx,
         dresidual_ptr=optional(gradients.dresidual),
-        C=c,
-        P=h * w,
+        C=g.c,
+        P=g.p,
         S=plan.splits,
         chunk=plan.chunk,
         TILE=tile,

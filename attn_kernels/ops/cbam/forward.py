@@ -11,11 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from attn_kernels.ops.cbam import convolution
-from attn_kernels.ops.channel_gate.plan import channel_plan
+from attn_kernels.ops.channel_gate.plan import forward_launch
 from attn_kernels.ops.common import device, tiling
 from attn_kernels.ops.common.batch_norm import Norm, NormOptions, norm_use
 from attn_kernels.ops.common.epilogue import empty_mask, optional, store_epilogue
-from attn_kernels.ops.common.excite import Extent, Mlp, Sizes, Weights, excite, hidden_layer
+from attn_kernels.ops.common.excite import Mlp, Sizes, Weights, excite, hidden_layer
 from attn_kernels.ops.common.grid_sync import (
     empty_scratch,
     flags_pointer,
@@ -26,7 +26,7 @@ from attn_kernels.ops.common.grid_sync import (
     wait,
 )
 from attn_kernels.ops.common.moments import update_running
-from attn_kernels.ops.common.pools import AVERAGE, empty_argmax, empty_saved, index_dtype, pools_of
+from attn_kernels.ops.common.pools import empty_argmax, empty_saved, index_dtype
 from attn_kernels.ops.common.reduce import first_max, nowhere, running_max
 from attn_kernels.ops.common.scalar import number, number_bits
 from attn_kernels.ops.common.squeeze import scratch_pointers, squeeze, workspace
@@ -272,23 +272,16 @@ def empty_outputs(x: Tensor, w1: Tensor | None, pools: int, masked: bool) -> Out
 
 
 def _launch_channel_gates(
-    x: Tensor, weights: Weights, saved: Tensor, argmax: Tensor, pools: int
+    x: Tensor, g: Geometry, weights: Weights, saved: Tensor, argmax: Tensor, pools: int
 ) -> tuple[Tensor, int | None, int]:
     """Scratch memory, which begins with the gates (N, C); where its flags begin, if there are any; and their epoch."""
-    n, c, h, w = x.shape
-    hidden, pool_set = weights.w1.shape[0], pools_of(pools)
-    # Half a tile: in half precision programs of 4 warps, of which a multiprocessor holds four.
-    plan = channel_plan(geometry(x), hidden, device.SINGLE_LAUNCH, tile_elements=tiling.TILE // 2)
-    joined = plan.is_split and pools != AVERAGE
-    elements, partials = pool_set.K * hidden, plan.blocks if joined else plan.tasks
-    hidden_tasks, tasks = plan.groups * plan.hidden_tasks(elements), plan.groups * plan.tasks
-    gates = plan.groups * plan.blocks
-    size = n * c + workspace.fn(n, c, hidden, plan.splits, partials, pool_set, joined).size
-    scratch, flags = empty_scratch(x, size, 1 + tasks + hidden_tasks if plan.single_launch else 0)
-    extent, work = Extent(c, h * w, hidden, plan.chunk), plan.work(elements, joined)
-    for epoch, programs in launches(
-        plan.single_launch, tasks, gates if joined else 0, hidden=hidden_tasks, gates=gates
-    ):
+    hidden = weights.w1.shape[0]
+    found = forward_launch(g, hidden, pools, device.SINGLE_LAUNCH, False)
+    n, c = g.n, g.c
+    pool_set, plan = found.arguments["POOLS"], found.plan
+    elements = workspace.fn(n, c, hidden, plan.splits, found.partials, pool_set, found.joined).size
+    scratch, flags = empty_scratch(x, n * c + elements, found.flags)
+    for epoch, programs in launches(plan.single_launch, **found.programs):
         channel_gates_kernel[(programs,)](
             x_ptr=x,
             weights=weights,
@@ -297,16 +290,8 @@ def _launch_channel_gates(
             scratch_ptr=scratch,
             flags=flags,
             epoch=epoch,
-            N=n,
-            groups=plan.groups,
-            lookahead=plan.lookahead,
-            S=plan.splits,
-            extent=extent,
-            POOLS=pool_set,
             MLP=MLP,
-            WORK=work,
-            TILE=plan.tile,
-            **plan.tile.options,
+            **found.arguments,
         )
     return scratch, flags if plan.single_launch else None, epoch
 
@@ -329,7 +314,7 @@ def launch_forward(
     g = geometry(x)
     gates, flags, epoch = None, None, 0
     if weights is not None:
-        gates, flags, epoch = _launch_channel_gates(x, weights, saved, argmax, pools)
+        gates, flags, epoch = _launch_channel_gates(x, g, weights, saved, argmax, pools)
     channel_pools = z.new_empty((2, n, h, w))
     tile = pools_tile(g)
     pools_kernel[(n * cdiv(h * w, tile.block_p),)](

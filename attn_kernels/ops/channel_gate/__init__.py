@@ -31,6 +31,7 @@ from attn_kernels.ops.common.operator import (
 )
 from attn_kernels.ops.common.pools import empty_argmax, empty_saved, pool_bits
 from attn_kernels.ops.common.spatial_grad import SpatialGrad
+from attn_kernels.ops.common.tiling import geometry
 from reference.cbam import POOLS
 from reference.se import GATES
 from reference.se import mlp as mlp_formula
@@ -85,7 +86,7 @@ def _launch_backward(
     gradients: Gradients, dy, x, w1, w2, b2, saved, argmax, mask, pools, activation, gate, need_dresidual
 ) -> None:
     weights, mlp = Weights(w1, None, w2, b2), Mlp(activation, gate)
-    launch_backward(gradients, like(dy, x), mask, x, SpatialGrad(), weights, saved, argmax, pools, mlp)
+    launch_backward(gradients, like(dy, x), mask, x, geometry(x), SpatialGrad(), weights, saved, argmax, pools, mlp)
 
 
 _ARGUMENTS = (

@@ -18,11 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attn_kernels.ops.channel_gate.plan import ChannelPlan, channel_plan
+from attn_kernels.ops.channel_gate.plan import GateLaunch, backward_launch
 from attn_kernels.ops.common import device
 from attn_kernels.ops.common.activations import gate_bwd
 from attn_kernels.ops.common.epilogue import load_epilogue_grad, optional
-from attn_kernels.ops.common.excite import Extent, Mlp, Sizes, Weights, excite
+from attn_kernels.ops.common.excite import Mlp, Sizes, Weights, excite
 from attn_kernels.ops.common.excite_bwd import dpool, dweights, hidden_grad, load_gates
 from attn_kernels.ops.common.grid_sync import (
     JOIN,
@@ -36,10 +36,9 @@ from attn_kernels.ops.common.grid_sync import (
     wait,
 )
 from attn_kernels.ops.common.matmul import get_row, load_weight, matmul_nt, put_row
-from attn_kernels.ops.common.pools import AVERAGE, Pools, pools_of
 from attn_kernels.ops.common.spatial_grad import SpatialGrad, gated_grad
 from attn_kernels.ops.common.tile import Place, aligned, at_pixel, load_elements, load_tile, pixels, store_tile
-from attn_kernels.ops.common.tiling import Tile, geometry
+from attn_kernels.ops.common.tiling import Geometry
 
 
 class Gradients(NamedTuple):
@@ -456,27 +455,26 @@ def gate_bwd_kernel(
             store_tile(b_dx, gradients.dx, at, TILE, "evict_first")
 
 
-def launch_gates(x: Tensor, weights: Weights, saved: Tensor, pools: int, mlp: Mlp) -> tuple[Tensor, int]:
+def launch_gates(x: Tensor, g: Geometry, weights: Weights, saved: Tensor, pools: int, mlp: Mlp) -> tuple[Tensor, int]:
     """Launch the gates alone: the scratch memory, which begins with them, of a later :func:`launch_backward`.
 
     For a channel gate with a spatial gate behind it.
     """
-    n, c, _, _ = x.shape
     hidden = weights.w2.shape[1]
-    plan = channel_plan(geometry(x), hidden, device.SINGLE_LAUNCH, dspatial=True)
-    scratch, flags = _empty_scratch(x, hidden, pools_of(pools), plan)
-    tile = plan.tile._replace(stages=1, num_stages=3, maxnreg=None)  # no data is exchanged
-    gates_kernel[(plan.groups * plan.blocks,)](
+    found = backward_launch(g, hidden, pools, device.SINGLE_LAUNCH, True)
+    scratch, flags = _empty_scratch(x, found)
+    tile = found.plan.tile._replace(stages=1, num_stages=3, maxnreg=None)  # no data is exchanged
+    gates_kernel[(found.plan.groups * found.plan.blocks,)](
         preactivation_ptr=saved,
         w2_ptr=weights.w2,
         b2_ptr=weights.b2,
         gate_ptr=scratch,
-        N=n,
-        C=c,
+        N=g.n,
+        C=g.c,
         R=hidden,
-        K=pools_of(pools).K,
+        K=found.arguments["POOLS"].K,
         MLP=mlp,
-        WORK=plan.work(hidden, plan.is_split),
+        WORK=found.plan.work(hidden, found.joined),
         TILE=tile,
         **tile.options,
     )
@@ -488,6 +486,7 @@ def launch_backward(
     dy: Tensor,
     mask: Tensor,
     x: Tensor,
+    g: Geometry,
     spatial: SpatialGrad,
     weights: Weights,
     saved: Tensor,
@@ -497,19 +496,11 @@ def launch_backward(
     scratch: tuple[Tensor, int] | None = None,
 ) -> None:
     """Fill ``gradients``; behind a spatial gate with the scratch memory of :func:`launch_gates`."""
-    n, c, h, w = x.shape
-    hidden, pool_set, dspatial = weights.w1.shape[0], pools_of(pools), spatial.maps is not None
-    averages = pools == AVERAGE and not dspatial
-    plan = channel_plan(geometry(x), hidden, device.SINGLE_LAUNCH, averages, dspatial)
-    scratch, flags = scratch or _empty_scratch(x, hidden, pool_set, plan)
-    tasks = plan.groups * plan.tasks
-    joins = plan.groups * plan.blocks if plan.is_split else 0
-    hidden_tasks, weight_tasks = plan.groups * plan.hidden_tasks(hidden), plan.weight_tasks(c, hidden)
-    tile = _bwd_tile(plan, spatial, pool_set, averages)
-    extent, work = Extent(c, h * w, hidden, plan.chunk), plan.work(hidden, plan.is_split, backward=True)
-    for epoch, programs in launches(
-        plan.single_launch, tasks, joins, hidden=hidden_tasks, rest=tasks, weights=weight_tasks
-    ):
+    dspatial = spatial.maps is not None
+    found = backward_launch(g, weights.w1.shape[0], pools, device.SINGLE_LAUNCH, dspatial)
+    scratch, flags = scratch or _empty_scratch(x, found)
+    gradients = gradients._replace(dresidual=optional(gradients.dresidual))
+    for epoch, programs in launches(found.plan.single_launch, **found.programs):
         gate_bwd_kernel[(programs,)](
             dy_ptr=dy,
             mask_ptr=optional(mask),
@@ -521,32 +512,15 @@ def launch_backward(
             scratch_ptr=scratch,
             flags=flags,
             epoch=epoch,
-            gradients=gradients._replace(dresidual=optional(gradients.dresidual)),
-            N=n,
-            groups=plan.groups,
-            lookahead=plan.lookahead,
-            S=plan.splits,
-            extent=extent,
-            POOLS=pool_set,
+            gradients=gradients,
             MLP=mlp,
-            WORK=work,
-            TILE=tile,
-            **tile.options,
+            **found.arguments,
         )
 
 
-def _bwd_tile(plan: ChannelPlan, spatial: SpatialGrad, pools: Pools, averages: bool) -> Tile:
-    """With registers for three programs of 8 warps per multiprocessor where that does not spill."""
-    tile = plan.tile._replace(stages=1)
-    # lp, lse, 64 bytes of x per thread, the maps of a spatial gate and the products of several samples take more.
-    more = pools.lp or pools.lse or averages or spatial.maps is not None or plan.samples > 1
-    return tile if more or tile.num_warps != 8 else tile._replace(maxnreg=80)
-
-
-def _empty_scratch(x: Tensor, hidden: int, pools: Pools, plan: ChannelPlan) -> tuple[Tensor, int]:
+def _empty_scratch(x: Tensor, found: GateLaunch) -> tuple[Tensor, int]:
     """The workspace and flags; and where these begin."""
     n, c, _, _ = x.shape
-    size = bwd_workspace.fn(n, c, hidden, plan.splits, plan.tasks, pools, plan.is_split).size
-    joins = plan.blocks if plan.is_split else 0
-    flags = 2 + plan.groups * (plan.tasks + plan.hidden_tasks(hidden) + joins) if plan.single_launch else 0
-    return empty_scratch(x, size, flags)
+    pools, hidden = found.arguments["POOLS"], found.arguments["extent"].R
+    size = bwd_workspace.fn(n, c, hidden, found.plan.splits, found.partials, pools, found.joined).size
+    return empty_scratch(x, size, found.flags)

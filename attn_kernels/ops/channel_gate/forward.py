@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attn_kernels.ops.channel_gate.plan import channel_plan
+from attn_kernels.ops.channel_gate.plan import forward_launch
 from attn_kernels.ops.common import device
 from attn_kernels.ops.common.epilogue import optional, store_epilogue
-from attn_kernels.ops.common.excite import Extent, Mlp, Sizes, Weights, excite, hidden_layer
+from attn_kernels.ops.common.excite import Mlp, Sizes, Weights, excite, hidden_layer
 from attn_kernels.ops.common.grid_sync import (
     empty_scratch,
     group_flags,
@@ -21,7 +21,6 @@ from attn_kernels.ops.common.grid_sync import (
     wait,
 )
 from attn_kernels.ops.common.matmul import get_row
-from attn_kernels.ops.common.pools import AVERAGE, pools_of
 from attn_kernels.ops.common.squeeze import scratch_pointers, squeeze, workspace
 from attn_kernels.ops.common.tile import Place, aligned, load_tile
 from attn_kernels.ops.common.tiling import geometry
@@ -130,18 +129,14 @@ def launch_forward(
     outputs: Outputs, x: Tensor, weights: Weights, residual: Tensor | None, pools: int, mlp: Mlp, relu: bool
 ) -> None:
     y, saved, argmax, mask = outputs
-    n, c, h, w = x.shape
-    hidden, pool_set = weights.w1.shape[0], pools_of(pools)
-    plan = channel_plan(geometry(x), hidden, device.SINGLE_LAUNCH, pools == AVERAGE)
-    joined = plan.is_split and pools != AVERAGE
-    elements, partials = pool_set.K * hidden, plan.blocks if joined else plan.tasks
-    hidden_tasks, tasks = plan.groups * plan.hidden_tasks(elements), plan.groups * plan.tasks
-    joins = plan.groups * plan.blocks if joined else 0
-    size = workspace.fn(n, c, hidden, plan.splits, partials, pool_set, joined).size
-    size += n * elements if saved is None else 0
-    scratch, flags = empty_scratch(x, size, 1 + tasks + hidden_tasks if plan.single_launch else 0)
-    extent, work = Extent(c, h * w, hidden, plan.chunk), plan.work(elements, joined)
-    for epoch, programs in launches(plan.single_launch, tasks, joins, hidden=hidden_tasks, rest=tasks):
+    hidden = weights.w1.shape[0]
+    g = geometry(x)
+    found = forward_launch(g, hidden, pools, device.SINGLE_LAUNCH, True)
+    pool_set, plan = found.arguments["POOLS"], found.plan
+    elements = workspace.fn(g.n, g.c, hidden, plan.splits, found.partials, pool_set, found.joined).size
+    elements += g.n * pool_set.K * hidden if saved is None else 0
+    scratch, flags = empty_scratch(x, elements, found.flags)
+    for epoch, programs in launches(plan.single_launch, **found.programs):
         channel_gate_kernel[(programs,)](
             x_ptr=x,
             residual_ptr=residual,
@@ -153,15 +148,7 @@ def launch_forward(
             scratch_ptr=scratch,
             flags=flags,
             epoch=epoch,
-            N=n,
-            groups=plan.groups,
-            lookahead=plan.lookahead,
-            S=plan.splits,
-            extent=extent,
             RELU=relu,
-            POOLS=pool_set,
             MLP=mlp,
-            WORK=work,
-            TILE=plan.tile,
-            **plan.tile.options,
+            **found.arguments,
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from attn_kernels.ops.common import tiling
+from attn_kernels.ops.common.pools import AVERAGE, Extent, pools_of
 from attn_kernels.ops.common.tiling import BYTE, STAGES, Geometry, Tile, cdiv, next_power_of_2, plane_tile
 
 # Bytes of x that a program of a launch in two phases reads at most where it can choose; twice as many where it does
@@ -174,3 +175,73 @@ def hidden_block(hidden: int, block_c: int, most: int) -> int:
     ``most``: of up to 64 channels; beside more, whose products take more registers, no more than 16.
     """
     return min(max(next_power_of_2(hidden), 16), most if block_c <= 64 else 16)
+
+
+class GateLaunch(NamedTuple):
+    """All of a gate's launch that follows from the geometry, computed once for it.
+
+    Attributes:
+        joined: the parts of a plane are added up.
+        partials: partial sums per sample.
+        flags: how many there are.
+        programs: of each phase, by ``grid_sync.launches``' names.
+        arguments: of the kernel, and the options of its launch.
+    """
+
+    plan: ChannelPlan
+    joined: bool
+    partials: int
+    flags: int
+    programs: dict[str, int]
+    arguments: dict[str, object]
+
+
+def _gate_launch(
+    g: Geometry, plan: ChannelPlan, tile: Tile, hidden: int, pools: int, elements: int, joined: bool, backward: bool
+) -> GateLaunch:
+    """For a hidden layer of ``elements`` per sample; ``programs`` and ``flags`` for the caller to complete."""
+    tasks, hidden_tasks = plan.groups * plan.tasks, plan.groups * plan.hidden_tasks(elements)
+    arguments = {
+        "N": g.n,
+        "groups": plan.groups,
+        "lookahead": plan.lookahead,
+        "S": plan.splits,
+        "extent": Extent(g.c, g.p, hidden, plan.chunk),
+        "POOLS": pools_of(pools),
+        "WORK": plan.work(elements, joined, backward),
+        "TILE": tile,
+        **tile.options,
+    }
+    programs = {"parts": tasks, "join": plan.groups * plan.blocks if joined else 0, "hidden": hidden_tasks}
+    partials = plan.blocks if joined and not backward else plan.tasks
+    return GateLaunch(plan, joined, partials, 1 + tasks + hidden_tasks, programs, arguments)
+
+
+@functools.lru_cache
+def forward_launch(g: Geometry, hidden: int, pools: int, single_launch: bool, scales: bool) -> GateLaunch:
+    """For a gate that ``scales`` x, or for the gates alone."""
+    # Of gates alone half a tile: in half precision programs of 4 warps, of which a multiprocessor holds four.
+    size = {"averages": pools == AVERAGE} if scales else {"tile_elements": tiling.TILE // 2}
+    plan = channel_plan(g, hidden, single_launch, **size)
+    joined = plan.is_split and pools != AVERAGE
+    found = _gate_launch(g, plan, plan.tile, hidden, pools, pools_of(pools).K * hidden, joined, False)
+    second = {"rest": plan.groups * plan.tasks} if scales else {"gates": plan.groups * plan.blocks}
+    return found._replace(programs=found.programs | second, flags=found.flags if single_launch else 0)
+
+
+@functools.lru_cache
+def backward_launch(g: Geometry, hidden: int, pools: int, single_launch: bool, dspatial: bool) -> GateLaunch:
+    """For the backward pass, with a spatial gate behind the channel gate or without."""
+    averages = pools == AVERAGE and not dspatial
+    plan = channel_plan(g, hidden, single_launch, averages, dspatial)
+    tile = plan.tile._replace(stages=1)
+    # Registers for three programs of 8 warps per multiprocessor where that does not spill: lp, lse, 64 bytes of x per
+    # thread, the maps of a spatial gate and the products of several samples take more.
+    pool_set = pools_of(pools)
+    more = pool_set.lp or pool_set.lse or averages or dspatial or plan.samples > 1
+    tile = tile if more or tile.num_warps != 8 else tile._replace(maxnreg=80)
+    found = _gate_launch(g, plan, tile, hidden, pools, hidden, plan.is_split, True)
+    second = {"rest": plan.groups * plan.tasks, "weights": plan.weight_tasks(g.c, hidden)}
+    # One more flag, that of all hidden layers and joins.
+    flags = found.flags + 1 + found.programs["join"]
+    return found._replace(programs=found.programs | second, flags=flags if single_launch else 0)

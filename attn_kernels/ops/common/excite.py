@@ -50,15 +50,6 @@ class Sizes(NamedTuple):
     chunk: tl.tensor
 
 
-class Extent(NamedTuple):
-    """What a launch says of :class:`Sizes` by one argument; the others are arguments of their own."""
-
-    C: int
-    P: int
-    R: int
-    chunk: int
-
-
 class Rows(NamedTuple):
     """[SAMPLES, BLOCK_C] of each pool, some of which are not computed."""
 

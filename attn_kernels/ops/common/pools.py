@@ -30,6 +30,15 @@ class Pools(NamedTuple):
     Q: int  # logsumexp needs the maximum, too
 
 
+class Extent(NamedTuple):
+    """C channels, P pixels, R hidden units, and pixels of a part: of a kernel's ``Sizes`` those that it gets as one."""
+
+    C: int
+    P: int
+    R: int
+    chunk: int
+
+
 @functools.cache
 def pools_of(bits: int) -> Pools:
     flags = [bits >> i & 1 for i in range(len(POOLS))]
