@@ -345,7 +345,7 @@ class _Scale(torch.autograd.Function):
         x, gate, mask = saved_tensors(ctx)
         need_dresidual, to_slots = ctx.needs_input_grad[2], [None] * (len(ctx.needs_input_grad) - 4)
         if torch.is_grad_enabled():
-            dy = unmask(dy, mask, x) if ctx.relu else dy
+            dy = unmask(dy, mask, x)
             gradients = reference_gradients(_scaled, (x, gate), (dy,))
             return *gradients, dy if need_dresidual else None, None, *to_slots
         dgate, dresidual = dgate_op(dy, x, mask, ctx.relu)

@@ -25,6 +25,7 @@ from attn_kernels.ops.common.epilogue import (
     empty_mask,
     load_epilogue_grad,
     optional,
+    residual_grad,
     store_epilogue,
     unmask,
 )
@@ -335,11 +336,11 @@ class _SimAM(torch.autograd.Function):
         x, statistics, mask = saved_tensors(ctx)
         need_dresidual = ctx.needs_input_grad[1]
         if torch.is_grad_enabled():
-            dy = unmask(dy, mask, x) if ctx.relu else dy
+            dy = unmask(dy, mask, x)
             (dx,) = reference_gradients(lambda x: formula(x, ctx.e_lambda), (x,), (dy,))
             return dx, dy if need_dresidual else None, None, None
         dx, dresidual = backward_op(dy, x, statistics, mask, ctx.e_lambda, ctx.relu and need_dresidual)
-        return dx, (dresidual if ctx.relu else dy) if need_dresidual else None, None, None
+        return dx, residual_grad(need_dresidual, dy, dresidual), None, None
 
 
 def simam(x: Tensor, residual: Tensor | None, e_lambda: float, relu: bool) -> Tensor:

@@ -140,7 +140,7 @@ class _Apply(torch.autograd.Function):
         x, channel, spatial, mask = saved_tensors(ctx)
         need_dresidual, to_slots = ctx.needs_input_grad[3], [None] * (len(ctx.needs_input_grad) - 5)
         if torch.is_grad_enabled():
-            dy = unmask(dy, mask, x) if ctx.relu else dy
+            dy = unmask(dy, mask, x)
             gradients = reference_gradients(_apply_formula, (x, channel, spatial), (dy,))
             return *gradients, dy if need_dresidual else None, None, *to_slots
         dchannel, dspatial, dresidual = dlogits_op(dy, x, channel, spatial, mask, ctx.relu)

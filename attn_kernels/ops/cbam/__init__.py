@@ -28,7 +28,7 @@ from attn_kernels.ops.cbam.backward import CbamGradients
 from attn_kernels.ops.cbam.forward import Outputs, empty_outputs, launch_forward
 from attn_kernels.ops.common import batch_norm
 from attn_kernels.ops.common.batch_norm import Norm, NormOptions
-from attn_kernels.ops.common.epilogue import unmask
+from attn_kernels.ops.common.epilogue import residual_grad, unmask
 from attn_kernels.ops.common.excite import Weights
 from attn_kernels.ops.common.layout import dense, factors
 from attn_kernels.ops.common.operator import (
@@ -168,7 +168,7 @@ class _CBAM(torch.autograd.Function):
         no_options = (None,) * 9
         need_dresidual = ctx.needs_input_grad[8]
         if torch.is_grad_enabled():
-            dy = unmask(dy, saved[-1], x) if ctx.relu else dy
+            dy = unmask(dy, saved[-1], x)
             formula = _formula(ctx.pool_types, ctx.batch_statistics, ctx.eps, saved[2][-2:])
             inputs = (x, w1, b1, w2, b2, conv_weight, weight, bias)
             return *reference_gradients(formula, inputs, (dy,)), dy if need_dresidual else None, *no_options
@@ -195,7 +195,7 @@ class _CBAM(torch.autograd.Function):
             dconv,
             None if weight is None else dweight,
             None if bias is None else dbias,
-            (dresidual if ctx.relu else dy) if need_dresidual else None,
+            residual_grad(need_dresidual, dy, dresidual),
             *no_options,
         )
 

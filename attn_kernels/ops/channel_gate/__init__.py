@@ -19,7 +19,7 @@ from torch import Tensor
 
 from attn_kernels.ops.channel_gate.backward import Gradients, launch_backward
 from attn_kernels.ops.channel_gate.forward import Outputs, launch_forward
-from attn_kernels.ops.common.epilogue import empty_dresidual, empty_mask, unmask
+from attn_kernels.ops.common.epilogue import empty_dresidual, empty_mask, residual_grad, unmask
 from attn_kernels.ops.common.excite import Mlp, Weights, empty_dweights
 from attn_kernels.ops.common.layout import factors, like
 from attn_kernels.ops.common.operator import (
@@ -119,7 +119,7 @@ class _ChannelGate(torch.autograd.Function):
         _, activation, gate = ctx.options
         need_dresidual, no_options = ctx.needs_input_grad[5], (None,) * 4
         if torch.is_grad_enabled():
-            dy = unmask(dy, mask, x) if ctx.relu else dy
+            dy = unmask(dy, mask, x)
 
             def formula(x, *parameters):
                 logits = sum(mlp_formula(POOLS[pool](x), *parameters, activation) for pool in ctx.pool_types)
@@ -130,7 +130,7 @@ class _ChannelGate(torch.autograd.Function):
         dx, dresidual, dw1, db1, dw2, db2 = backward_op(
             dy, x, w1, w2, b2, *saved, mask, *ctx.options, ctx.relu and need_dresidual
         )
-        dresidual = (dresidual if ctx.relu else dy) if need_dresidual else None
+        dresidual = residual_grad(need_dresidual, dy, dresidual)
         db1, db2 = None if b1 is None else db1, None if b2 is None else db2
         return dx, dw1, db1, dw2, db2, dresidual, *no_options
 

@@ -116,8 +116,17 @@ def optional(t: Tensor | None) -> Tensor | None:
     return None if t is None or not t.numel() else t
 
 
+def residual_grad(needed: bool, dy: Tensor, dresidual: Tensor) -> Tensor | None:
+    """The residual's gradient: ``dresidual`` that kernels have written behind a ReLU, else ``dy`` itself."""
+    if not needed:
+        return None
+    return dresidual if dresidual.numel() else dy
+
+
 def unmask(dy: Tensor, mask: Tensor, x: Tensor) -> Tensor:
-    """``dy`` where the mask's bits are set, else 0, also where it is infinite; differentiable."""
+    """``dy`` where the mask's bits are set, else 0, also where it is infinite. ``dy`` itself where there is no mask."""
+    if not mask.numel():
+        return dy
     n, c, h, w = x.shape
     bits = mask[:, :, None] >> torch.arange(8, device=mask.device, dtype=torch.uint8) & 1
     if is_channels_last(x):
