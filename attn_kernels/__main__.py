@@ -121,7 +121,7 @@ def path(name: str, dtype: torch.dtype, memory_format: torch.memory_format) -> s
 
 
 def paths() -> list[tuple[str, ...]]:
-    """A row a module and layout: which dtypes take the fused path."""
+    """A row per module and layout: which dtypes take the fused path."""
     rows = [("module", "layout", *(str(dtype).removeprefix("torch.") for dtype in DTYPES))]
     for name in OPERATORS:
         for layout, memory_format in LAYOUTS.items():
@@ -160,7 +160,7 @@ def verdict(name: str) -> str:
 
 
 def self_check() -> bool:
-    """Print a line a module, forward and backward; return whether all agree with the reference."""
+    """Print a line per module, forward and backward; return whether all agree with the reference."""
     print(f"Self-check on {device()}: float32, forward and backward, against the reference in float64")
     agree = True
     for name in (*OPERATORS, "channel_attention"):

@@ -73,11 +73,11 @@ def _as_tuples(value: object) -> object:
 def launching_without_data(multiprocessors: int) -> Iterator[None]:
     """Inside the block modules launch on meta and fake tensors, as on a GPU of that size."""
     with _lock, _Launchers(), _device.assuming(multiprocessors):
-        _device.recorded_thread = get_ident()
+        before, _device.recorded_thread = _device.recorded_thread, get_ident()
         try:
             yield
         finally:
-            _device.recorded_thread = 0
+            _device.recorded_thread = before
 
 
 class _Launchers(TorchDispatchMode):

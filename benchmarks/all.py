@@ -35,10 +35,10 @@ from benchmarks.process import DIED, FAILED, HUNG, OK, SKIPPED, Ended, Log, Step
 
 # Nothing here imports torch: it would take seconds, and what it does in one process must not be shared by all.
 
-# The family whose kernels each kernel of speed and network of train launches, the most telling first.
-# As in reference.catalogue, which imports torch: this process does not.
+# As in reference.catalogue, which imports torch.
 FAMILIES = ("se", "cbam", "bam", "simam")
-KERNELS = {"se": "se", "se_add_relu": "se", "cbam": "cbam", "simam": "simam", "bam": "bam"}
+# The family whose kernels each kernel of speed and network of train launches, the most telling first.
+KERNELS = {"se": "se", "se_add_relu": "se", "cbam": "cbam", "bam": "bam", "simam": "simam"}
 NETWORKS = {
     "se_resnet50": "se", "timm/efficientnet_b0": "se", "cbam_resnet50": "cbam", "simam_resnet50": "simam",
     "bam_resnet50": "bam",

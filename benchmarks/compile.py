@@ -112,6 +112,7 @@ OPTION_SITES = (
     Site("options", "ChannelGate", (256, 56, 56)),
     Site("options", "ChannelGate", (512, 28, 28), True),
     Site("options", "ChannelGate", (512, 28, 28), True, ALL_POOLS),
+    Site("options", "SpatialGate", (512, 28, 28), True),
     Site("options", "SpatialGate", (1024, 14, 14), True),
     Site("options", "CBAM", (512, 28, 28)),
     Site("options", "BAM", (512, 28, 28), True),

@@ -1,7 +1,7 @@
 """Bytes that one call of each module moves from and to DRAM and L2, read by Nsight Compute from the GPU's counters.
 
-A row a kernel, beside x's bytes: what the traffic meter models is in benchmarks/results/traffic.csv. Clocks are left as
-they are, and caches too, for a kernel finds there what the one before it left.
+A row per kernel, beside x's bytes: what the traffic meter models is in benchmarks/results/traffic.csv. Clocks are left
+as they are, and caches too, for a kernel finds there what the one before it left.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ which may do more, and the last, which may be cut short, are run as well.
 
 from __future__ import annotations
 
+import os
 import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -62,7 +63,7 @@ class Place(NamedTuple):
 
 Program = tuple[Step, ...]
 FEW = 40  # programs that are all run
-KERNELS = str(Path(find_spec("attn_kernels").origin).parent / "ops" / "")  # which is not imported yet
+KERNELS = str(Path(find_spec("attn_kernels").origin).parent / "ops") + os.sep  # which is not imported yet
 
 
 @dataclass

@@ -60,7 +60,7 @@ def header(device: torch.device) -> str:
 
 
 def accuracy_table(findings: Sequence[Finding], modules: Iterable[str], dtypes: Sequence[str]) -> Table:
-    """A row a tensor, with the verdict nearest to its limit for each dtype."""
+    """A row per tensor, with the verdict nearest to its limit for each dtype."""
     table = _table(
         "Greatest error against float64 relative to the tensor's size, where it is nearest to what is allowed",
         "share: of what is allowed, twice the reference's error in that dtype and one unit in the last place of the "

@@ -304,7 +304,7 @@ def provenance() -> str:
 
 
 def table(rows: Sequence[tuple[Case, list[Time]]]) -> Table:
-    """A row a case and pass."""
+    """A row per case and pass."""
     machines = ", ".join(dict.fromkeys(case.machine for case, _ in rows))
     setting = ", pessimistic" if rows[0][0].pessimistic else ""
     result = Table(

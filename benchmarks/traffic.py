@@ -312,7 +312,7 @@ def provenance() -> str:
 
 
 def traffic_table(results: Sequence[Result]) -> Table:
-    """A row a case; forward + backward in training, forward in eval."""
+    """A row per case; forward + backward in training, forward in eval."""
     first = results[0].case
     table = Table(
         title=f"Bytes in units of x ({first.dtype}), forward + backward in training; DRAM: behind {first.device}'s L2",
@@ -373,7 +373,7 @@ COUNTS = [f"{what}_{direction}" for what in Pass._fields for direction in DIRECT
 
 
 def save(results: Iterable[Result], path: Path) -> None:
-    """A row a provider of a case."""
+    """A row per provider of a case."""
     path.parent.mkdir(parents=True, exist_ok=True)
     where = {**versions(), **_users(), "commit": commit(), "command": command()}
     with path.open("w", newline="", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""Draws docs/dataflow.png: which launches per call makes, and what each reads and writes of full size."""
+"""Draws docs/dataflow.png: which launches a call makes, and what each reads and writes of full size."""
 
 from __future__ import annotations
 

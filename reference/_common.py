@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-TAIL_ACTIVATIONS = (None, "relu")
+EPILOGUE_ACTIVATIONS = (None, "relu")
 
 
 class AttentionModule(nn.Module):
@@ -139,8 +139,8 @@ def check_input(x: Tensor, residual: Tensor | None, activation: str | None) -> N
         if residual.shape != x.shape:
             raise ValueError(f"residual: expected x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
         check_device("residual", residual, x)
-    if activation not in TAIL_ACTIVATIONS:
-        check_choice("activation", activation, TAIL_ACTIVATIONS)
+    if activation not in EPILOGUE_ACTIVATIONS:
+        check_choice("activation", activation, EPILOGUE_ACTIVATIONS)
 
 
 def check_parameter(name: str, p: Tensor | None, shape: tuple[int, ...], x: Tensor, *, optional: bool = False) -> None:

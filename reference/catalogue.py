@@ -1,6 +1,6 @@
 """Every module that has kernels, once: from here instruments, tests and documents draw their lists.
 
-It is beside the formulas since it needs no Triton, which some commands must import later than this.
+It is in ``reference`` since it must not import Triton, which some commands configure first.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ POOLS = ("avg", "max", "lp", "lse")
 
 
 class Budget(NamedTuple):
-    """How often a training step may move x's bytes: forward, backward, and all of it behind L2.
+    """How often a training step may move x's bytes: forward, backward, and DRAM bytes of both, behind L2.
 
     Attributes:
-        walks_channels_last: likewise in channels_last with planes that no program holds, where that differs.
+        walks_channels_last: the same three in channels_last where no program holds a plane, if they differ.
         infers_as_compiled: in inference it makes as many passes over x as torch.compile.
     """
 
@@ -84,11 +84,12 @@ def _cbam(r: Random, channels: int) -> dict[str, object]:
 
 
 def _bam(r: Random, channels: int) -> dict[str, object]:
-    return {"reduction_ratio": max(4, _reduction(r, channels)), "dilation_val": r.choice((1, 2, 4))}
+    reduction = r.choice((1, 2, 5)) if channels <= 80 else r.choice((4, 16))
+    return {"reduction_ratio": reduction, "dilation_val": r.choice((1, 2, 4))}
 
 
 def _simam(r: Random, channels: int) -> dict[str, object]:
-    return {"e_lambda": r.choice((1e-4, 1e-2, 0))}
+    return {"e_lambda": r.choice((1e-4, 1e-2))}
 
 
 OPERATORS = {

@@ -371,7 +371,7 @@ class TestAddresses:
         if name == "wide BAM":  # whose maps are as large as x
             name, options = "BAM", (("reduction_ratio", 1),)
 
-            # Few tiles a program, the last one's last.
+            # Few tiles per program, the last one's last.
             choose = bam_norm.norm_tile
             monkeypatch.setattr(bam_norm, "norm_tile", lambda g, whole: (choose(g, whole)[0], g.n))
         with torch.device("meta"):

@@ -40,7 +40,7 @@ def test_every_configuration_is_tested(recorded):
     assert found <= {configuration(build()) for build in BUILD.values()}
 
 
-def test_tails_of_resnets_are_fused(recorded):
+def test_epilogues_of_resnets_are_fused(recorded):
     rows = {row["architecture"]: row for row in recorded}
     for name in ("seresnet50", "seresnext101_32x8d", "legacy_seresnet18", "legacy_senet154", "seresnet18"):
         if name in rows:

@@ -12,12 +12,11 @@ from torch.utils._pytree import tree_leaves
 
 import attn_kernels
 import reference
-from attn_kernels.ops import simam
 from attn_kernels.ops.cbam import convolution
-from attn_kernels.ops.channel_gate import plan
 from attn_kernels.ops.common import scalar, tiling
 from reference.catalogue import DTYPES, LAYOUTS, POOLS
 from reference.se import ACTIVATIONS, GATES
+from tests.differential import CACHED
 from tests.harness import MODULES, check
 
 # (shape, with the residual + ReLU epilogue)
@@ -71,15 +70,7 @@ def test_one_pixel(module, layout, dtype, device):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("module", MODULES)
 def test_planes_and_channels_larger_than_a_tile(module, layout, device, monkeypatch):
-    configurations = (
-        tiling.plane_tile,
-        tiling.pixel_tile,
-        simam.whole_plane_tile,
-        plan.channel_plan,
-        plan.forward_launch,
-        plan.backward_launch,
-    )
-    for configuration in configurations:
+    for configuration in CACHED:
         configuration.cache_clear()
     monkeypatch.setattr(tiling, "TILE", 512)
     monkeypatch.setattr(convolution, "PROGRAMS", 3)
@@ -87,7 +78,7 @@ def test_planes_and_channels_larger_than_a_tile(module, layout, device, monkeypa
     shape = (2, 5, 45, 47) if module == "simam" else (3 if module == "bam" else 2, 19, 17, 31)
     build = lambda kit: MODULES[module](kit, shape[1])  # noqa: E731
     check(build, shape, torch.float32, layout, device, activation="relu", with_residual=True)
-    for configuration in configurations:
+    for configuration in CACHED:
         configuration.cache_clear()
 
 

@@ -306,7 +306,7 @@ def lost(monkeypatch):
 
 
 def replay(monkeypatch):
-    """Launches of one size share memory and a epoch from here on, and flags are zeroed, as where a graph replays."""
+    """Launches of one size share memory and an epoch from here on, and flags are zeroed, as where a graph replays."""
     memory = {}
 
     def empty_scratch(x, elements, flags):

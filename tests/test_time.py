@@ -89,7 +89,7 @@ class TestStretches:
 
 
 def code(in_flight=16, warps=4, registers=128):
-    """The machine code of a loop that loads and stores 16 bytes a thread in each turn."""
+    """The machine code of a loop that loads and stores 16 bytes per thread in each turn."""
     text = '\t//## File "/x/kernel.py", line 7\n.L_x_1:\n'
     text += "".join(f"/*0000*/ LDG.E.128 R{4 * i + 8}, desc[UR6][R2.64] ;\n" for i in range(in_flight // 16))
     text += "/*0010*/ STG.E.128 desc[UR6][R2.64], R8 ;\n/*0020*/ @P0 BRA `(.L_x_1) ;\n"
@@ -99,7 +99,7 @@ def code(in_flight=16, warps=4, registers=128):
 class TestSimulator:
     @pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES)
     def test_a_long_copy_reaches_the_bandwidth(self, machine):
-        """Less its ends and what 8 programs a multiprocessor, 16 KB each, cannot keep in flight."""
+        """Less its ends and what 8 programs per multiprocessor, 16 KB each, cannot keep in flight."""
         simulator = Simulator(machine)
         simulator.copy(100_000_000)
         assert 0.9 < 100_000 / machine.dram / simulator.now < 1

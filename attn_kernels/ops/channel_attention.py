@@ -305,8 +305,8 @@ dx_op = register(
 class _Pool(torch.autograd.Function):
     """x to its pools; and to two slots, which nobody reads, of the shapes of x and the gate.
 
-    dx is computed here, for it needs the network's gradients. What it needs of the scale, whose backward comes before,
-    that one returns as the "gradients" of the slots: dy behind the ReLU, and the gate.
+    dx is computed here, since it needs the network's gradients. The backward of the scale comes first, and hands over
+    dy behind the ReLU and the gate as the "gradients" of the slots.
     """
 
     @staticmethod

@@ -25,7 +25,7 @@ from tests.harness import judge
 from tests.peers import moskomule, seed
 
 
-class TestTail:
+class TestEpilogue:
     """The end of residual blocks."""
 
     @pytest.mark.parametrize("training", [True, False])

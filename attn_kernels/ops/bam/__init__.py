@@ -93,8 +93,8 @@ dx_op = register(
 class _Squeeze(torch.autograd.Function):
     """x to its means and its reduced map; and to three slots, which nobody reads, of the shapes of x and both logits.
 
-    dx is computed here, for it needs the branches' gradients. What it needs of the apply, whose backward comes before,
-    that one returns as the "gradients" of the slots: dy behind the ReLU, and both logits.
+    dx is computed here, since it needs the branches' gradients. The backward of the apply comes first, and hands over
+    dy behind the ReLU and both logits as the "gradients" of the slots.
     """
 
     @staticmethod

@@ -139,7 +139,7 @@ def normalize_kernel(
     c = tl.program_id(0) * BLOCK_C
     o_c = c + tl.arange(0, BLOCK_C)
     m_c = o_c < C
-    if partial_ptr is not None:
+    if NORM.batch_statistics:
         o_q = tl.arange(0, NORM.block_q)
         b_count = tl.load(partial_ptr + 2 * programs * C + o_q, mask=o_q < programs, other=0)
         b_sum = _load_partials(partial_ptr, 0, programs, o_c, C, NORM.block_q)
@@ -316,8 +316,8 @@ def norm_tile(g: Geometry, whole: bool) -> tuple[Tile, int]:
     blocks, block_p = cdiv(g.c, block_c), min(next_power_of_2(g.p), max(tiling.TILE // block_c, 1))
     while block_p > 32 and g.n * cdiv(g.p, block_p) * blocks < g.multiprocessors:
         block_p //= 2
-    # Every program leaves 8 bytes per channel, which every one of the next launch reads, as one tile: so many programs
-    # that all of it is no more than the map.
+    # Every program of the next launch reads the sums of all programs, 8 bytes per channel each, as one tile. So there
+    # are only as many programs as keep that below the bytes of the map.
     programs = min(math.isqrt(g.n * g.p * g.itemsize // 8), tiling.TILE // block_c, cdiv(2 * g.multiprocessors, blocks))
     # The partial sums need registers: half as many bytes per thread.
     tile = Tile.of(g, block_c, block_p, thread_bytes=32)._replace(stages=tiling.STAGES[g.itemsize])

@@ -162,14 +162,14 @@ def scale_kernel(
     epoch,  # of its launch
     z_ptr,  # (N, P) and, behind it, written: mean and 1 / standard deviation
     partial_ptr,  # (3, programs): counts, sums and sums of squared deviations
-    norm,  # Norm, whose buffers are updated if UPDATE
+    norm,  # Norm, whose buffers are updated if NORM.update
     programs,
     COUNT,
     momentum,  # number_bits
     eps,  # number_bits
     C,
     P,
-    NORM: tl.constexpr,  # NormUse
+    NORM: tl.constexpr,  # batch_norm.NormUse
     RELU: tl.constexpr,
     TILE: tl.constexpr,
 ):

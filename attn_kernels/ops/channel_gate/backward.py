@@ -68,7 +68,7 @@ class BwdScratch(NamedTuple):
 
 
 class BwdWorkspace(NamedTuple):
-    """Where in the scratch memory those begin, but the first, and how many elements there are, with no flags."""
+    """Offsets of the scratch memory's parts, of which the first is at 0, and its size in elements without flags."""
 
     dlogit: int
     dpreactivation: int
@@ -393,7 +393,7 @@ def gate_bwd_kernel(
         given_up = wait(sync.first, first_tasks, sync, WORK.single)
         hidden_grad(scratch, saved_ptr, given_up, group, task, first_tasks, size, K, MLP, WORK)
         if WORK.single:
-            if not given_up:  # who waits for it reads what the first phase has left, too
+            if not given_up:  # tasks that wait for this flag also read data of the first phase
                 signal(sync.hidden + task, sync, True)
             if (group == groups - 1) & (task == hidden_tasks - 1):
                 given_up = wait(p_hidden, groups * (hidden_tasks + (J if WORK.joined else 0)), sync, True)
@@ -463,20 +463,13 @@ def launch_gates(x: Tensor, g: Geometry, weights: Weights, saved: Tensor, pools:
     hidden = weights.w2.shape[1]
     found = backward_launch(g, hidden, pools, device.SINGLE_LAUNCH, True)
     scratch, flags = _empty_scratch(x, found)
-    tile = found.plan.tile._replace(stages=1, num_stages=3, maxnreg=None)  # no data is exchanged
     gates_kernel[(found.plan.groups * found.plan.blocks,)](
         preactivation_ptr=saved,
         w2_ptr=weights.w2,
         b2_ptr=weights.b2,
         gate_ptr=scratch,
-        N=g.n,
-        C=g.c,
-        R=hidden,
-        K=found.arguments["POOLS"].K,
         MLP=mlp,
-        WORK=found.plan.work(hidden, found.joined),
-        TILE=tile,
-        **tile.options,
+        **found.gates,
     )
     return scratch, flags
 

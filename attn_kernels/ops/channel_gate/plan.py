@@ -1,4 +1,4 @@
-"""How squeeze and excitation are divided into tasks: a pure function of a tensor's geometry. No Triton here."""
+"""How squeeze and excitation are divided into tasks: a pure function of a tensor's geometry."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ TASK_BYTES = 32 * 1024
 HIDDEN_ELEMENTS = 64
 # Bytes of x that a tile of a whole plane has at most, where a program serves several samples.
 PLANE_BYTES = 16 * 1024
-# Stages of the loops over such tiles but the one that pools x, by bytes per element; in half precision one less where
-# more than averages are pooled or there is a spatial gate.
+# Stages of the loops over such tiles, except the one that pools x, by bytes per element; in half precision one less
+# where more than averages are pooled or there is a spatial gate.
 PLANE_STAGES = {2: 3, 4: 2, 8: 1}
 # Samples of small planes that a program serves at most, so that it reads its weights once for all of them.
 SAMPLES = 16
@@ -108,8 +108,8 @@ def channel_plan(
 
     Where it pools ``averages`` alone, with no spatial gate behind it, a thread has registers for 64 bytes of x. Beside
     other pools, or the maps of a spatial gate, 64 spill: there it has 32, programs have larger tasks, and fewer of them
-    run at once. Of small planes, which are a tile each in programs of several samples, it has up to 64 but in the
-    backward pass of one with a spatial gate behind it (``dspatial``).
+    run at once. With small planes, a tile each and several samples per program, a thread has up to 64 bytes, except in
+    backward with a spatial gate behind (``dspatial``).
     """
     n, c, p, itemsize = g.n, g.c, g.p, g.itemsize
     thread_bytes, task_bytes, resident = (64, TASK_BYTES, 3) if averages else (32, 2 * TASK_BYTES, 2)
@@ -183,9 +183,10 @@ class GateLaunch(NamedTuple):
     Attributes:
         joined: the parts of a plane are added up.
         partials: partial sums per sample.
-        flags: how many there are.
+        flags: their number, 0 in plain launches.
         programs: of each phase, by ``grid_sync.launches``' names.
         arguments: of the kernel, and the options of its launch.
+        gates: of a kernel that computes the gates alone, in backward.
     """
 
     plan: ChannelPlan
@@ -194,6 +195,7 @@ class GateLaunch(NamedTuple):
     flags: int
     programs: dict[str, int]
     arguments: dict[str, object]
+    gates: dict[str, object]
 
 
 def _gate_launch(
@@ -214,7 +216,7 @@ def _gate_launch(
     }
     programs = {"parts": tasks, "join": plan.groups * plan.blocks if joined else 0, "hidden": hidden_tasks}
     partials = plan.blocks if joined and not backward else plan.tasks
-    return GateLaunch(plan, joined, partials, 1 + tasks + hidden_tasks, programs, arguments)
+    return GateLaunch(plan, joined, partials, 1 + tasks + hidden_tasks, programs, arguments, {})
 
 
 @functools.lru_cache
@@ -244,4 +246,8 @@ def backward_launch(g: Geometry, hidden: int, pools: int, single_launch: bool, d
     second = {"rest": plan.groups * plan.tasks, "weights": plan.weight_tasks(g.c, hidden)}
     # One more flag, that of all hidden layers and joins.
     flags = found.flags + 1 + found.programs["join"]
-    return found._replace(programs=found.programs | second, flags=flags if single_launch else 0)
+    # No data is exchanged among the gates alone, and no tile is loaded: the same kernel for both layouts.
+    tile = Tile(False, 1, tile.block_c, 1, tile.num_warps)
+    work = plan.work(hidden, False)._replace(single=True, plane_stages=1, block_e=1, block_w=1)
+    gates = {"N": g.n, "C": g.c, "R": hidden, "K": pool_set.K, "WORK": work, "TILE": tile, **tile.options}
+    return found._replace(programs=found.programs | second, flags=flags if single_launch else 0, gates=gates)

@@ -1,4 +1,4 @@
-"""The GPU that launches are configured for, and the switch that makes each phase of a launch one of its own.
+"""The GPU that launches are configured for, and the switch that gives each phase a launch of its own.
 
 With ``ATTN_KERNELS_SINGLE_LAUNCH=0`` in the environment no program waits for another. The variable is read once, when
 this module is imported.
@@ -29,13 +29,13 @@ def _multiprocessors(device_index: int | None) -> int:
 
 
 def multiprocessors(x: Tensor) -> int:
-    """Of x's GPU, or of that which tensors elsewhere stand for."""
+    """Those of x's GPU; of a tensor that is on no GPU, the assumed number."""
     return _multiprocessors(x.device.index) if x.is_cuda else _assumed_multiprocessors
 
 
 @contextmanager
 def assuming(multiprocessors: int) -> Iterator[None]:
-    """Inside the block tensors that are on no GPU stand for those on one with so many multiprocessors."""
+    """Inside the block, tensors that are on no GPU count as on one with this many multiprocessors."""
     global _assumed_multiprocessors
     before, _assumed_multiprocessors = _assumed_multiprocessors, multiprocessors
     try:

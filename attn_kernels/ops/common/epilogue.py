@@ -124,7 +124,10 @@ def residual_grad(needed: bool, dy: Tensor, dresidual: Tensor) -> Tensor | None:
 
 
 def unmask(dy: Tensor, mask: Tensor, x: Tensor) -> Tensor:
-    """``dy`` where the mask's bits are set, else 0, also where it is infinite. ``dy`` itself where there is no mask."""
+    """``dy`` where the mask's bits are set, else 0, also where it is infinite; differentiable.
+
+    Without a mask it is ``dy`` itself.
+    """
     if not mask.numel():
         return dy
     n, c, h, w = x.shape

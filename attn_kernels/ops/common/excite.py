@@ -2,7 +2,8 @@
 
 No task walks all the weights of a layer. Those that pool x also multiply the channels that they own by their columns
 of fc1: partial sums over channels (:func:`fc1`). Tasks of their own add the partial sums up (:func:`hidden_layer`).
-Those that use the gate multiply by their rows of fc2 (:func:`excite`). The products of several samples are one.
+Those that use the gate multiply by their rows of fc2 (:func:`excite`). The samples of a task share one
+matrix product.
 
 Shapes: partial (N, J, K, R) of J blocks of channels, or blocks and parts of planes; preactivation (N, K, R);
 gate (N, C). Saved for backward are the preactivation, from which the gate follows, and behind it lp and lse (N, L, C).

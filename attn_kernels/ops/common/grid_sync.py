@@ -62,10 +62,7 @@ def new_epoch() -> int:
 def launches(
     single: bool, parts: int, join: int, hidden: int = 0, gates: int = 0, rest: int = 0, weights: int = 0
 ) -> list[tuple[int, int]]:
-    """The number of programs of each launch, given those of each phase, all in one or one per phase.
-
-    With the epoch of the single one, or the phases.
-    """
+    """``(epoch, programs)`` of the single launch, or ``(phase, programs)`` of each phase that has programs."""
     if single:
         return [(new_epoch(), parts + hidden + gates + rest + weights)]
     return [(phase, count) for phase, count in enumerate((parts, join, hidden, gates, rest, weights)) if count]
@@ -87,7 +84,7 @@ def will_be_replayed(x: Tensor) -> bool:
 
 
 class Sync(NamedTuple):
-    """Pointers to flags, of a launch that is given up and of a group's tasks in both phases; and their epoch.
+    """Pointers to the flag of a launch that is given up, and to a group's first-phase and hidden flags; the epoch.
 
     In a launch of one phase there are no flags, and the phase is in the place of the epoch.
     """

@@ -30,8 +30,9 @@ _library = library.Library("attn_kernels", "DEF")
 
 
 def register(schema: str, allocate: Callable, launch: Callable) -> Callable:
-    """Define the operator ``attn_kernels::schema``; return it bound. Its first argument is a tensor where it runs.
+    """Define the operator ``attn_kernels::schema``; return it bound.
 
+    Its first argument must be a tensor on the device where it runs.
     ``allocate`` is given the arguments and returns the outputs, empty: a tensor or a NamedTuple. It is the operator's
     fake, too. ``launch`` is given the outputs and the arguments, and fills the outputs.
     """

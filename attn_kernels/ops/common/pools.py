@@ -17,9 +17,9 @@ AVERAGE = 1
 
 
 class Pools(NamedTuple):
-    """A set of pools as kernels take it, 1 or 0 for each; how many they are, and how many statistics a part has.
+    """A set of pools as kernels take it: 1 or 0 for each, K pools in all, Q statistics per part.
 
-    L = lp + lse of them are saved for backward, which would not have them from x at little cost.
+    L = lp + lse of them are saved, since backward could not recompute them cheaply.
     """
 
     avg: int
@@ -31,7 +31,7 @@ class Pools(NamedTuple):
 
 
 class Extent(NamedTuple):
-    """C channels, P pixels, R hidden units, and pixels of a part: of a kernel's ``Sizes`` those that it gets as one."""
+    """C channels, P pixels, R hidden units, pixels of a part: the ``Sizes`` that a kernel gets in one tuple."""
 
     C: int
     P: int

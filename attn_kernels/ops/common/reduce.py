@@ -11,7 +11,7 @@ def _bits(b):
 
 @triton.jit
 def nowhere(m, ACC: tl.constexpr):
-    """0 where m, -inf elsewhere: added to a value, it makes it one for :func:`running_max`, for -0 becomes 0."""
+    """0 where m, else -inf. Added to a value it hides what is outside and turns -0 into 0, for :func:`running_max`."""
     return tl.where(m, 0.0, float("-inf")).to(ACC)
 
 
@@ -42,7 +42,7 @@ def first_max(b_max, b_arg, AXIS: tl.constexpr):
 
 @triton.jit
 def sum_partials(partial_ptr, i_n, o_e, m, J, SIZE, ACC: tl.constexpr, BLOCK_E: tl.constexpr):
-    """[BLOCK_E] sums over J partial sums, in a fixed order: of element o_e of SIZE of sample i_n."""
+    """[BLOCK_E] sums over J partials in a fixed order: element o_e, of SIZE, of sample i_n."""
     ROWS: tl.constexpr = 1024 // BLOCK_E  # the pointers of more spill in 4 warps with Triton 3.6
     b_sum = tl.zeros([BLOCK_E], ACC)
     for j in range(0, J, ROWS):

@@ -30,7 +30,7 @@ def number_bits(number: float, x: Tensor) -> int:
 
 @triton.jit
 def number(bits, ACC: tl.constexpr):
-    """The number of which :func:`number_bits` has the bits."""
+    """The number that has these bits (see :func:`number_bits`)."""
     if tl.float64 == ACC:
         return tl.cast(tl.cast(bits, tl.int64), tl.float64, bitcast=True)
     else:

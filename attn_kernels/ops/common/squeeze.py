@@ -35,7 +35,7 @@ class Scratch(NamedTuple):
 
 
 class Workspace(NamedTuple):
-    """Where in the scratch memory those begin, but the first, and how many elements there are, with no flags."""
+    """Offsets of the scratch memory's parts, of which the first is at 0, and its size in elements without flags."""
 
     arg: int
     stats: int
@@ -141,7 +141,7 @@ def _squeeze_samples(
 def squeeze_planes(
     x_ptr,  # (N, C, P)
     w1_ptr,  # (R, C), or None to pool only
-    pool_ptr,  # (N, L, C), written, or None: all pools, or those that backward cannot have from x at little cost
+    pool_ptr,  # (N, L, C), written, or None: all pools if ALL, else lp and lse
     argmax_ptr,  # (N, C), written if there is a maximum, or None
     scratch,  # pointers: partial, written unless there is no fc1; stats and arg, written if WORK.joined
     sync,  # of the group's tasks of this phase

@@ -20,8 +20,8 @@ TILE = 4096
 SECTOR = 32
 # Elements along the unit stride that a tile holds at least: one byte of the bits that a ReLU leaves.
 BYTE = 8
-# Stages of the loops that pool x, and of BatchNorm's, by bytes per element: one more than the tiles that a program asks
-# for ahead.
+# Stages of the loops that pool x, and of BatchNorm's, by bytes per element: one more than the tiles that are loaded
+# ahead.
 STAGES = {2: 4, 4: 3, 8: 1}
 
 
@@ -34,7 +34,7 @@ def cdiv(a: int, b: int) -> int:
 
 
 def vector_length(row: int, itemsize: int) -> int:
-    """Elements of the widest loads, of 16 bytes at most, of which a row of ``row`` elements is a whole number."""
+    """Elements of the widest load, of 16 bytes at most, that divides a row of ``row`` elements."""
     return min(row & -row, 16 // itemsize)
 
 
@@ -79,9 +79,9 @@ class Tile(NamedTuple):
 
     @classmethod
     def of(cls, g: Geometry, block_c: int, block_p: int, num_warps: int = 0, thread_bytes: int = 64) -> Tile:
-        """With ``thread_bytes`` of x per thread where the warps are not given: 64 are four vectors.
+        """Unless ``num_warps`` is given: as many warps as leave each thread ``thread_bytes`` of x.
 
-        Half of them where rows are no vectors.
+        Half of that where rows are not whole vectors. 64 bytes are four vectors.
         """
         thread_elements = max(thread_bytes // (1 if g.row * g.itemsize % 16 == 0 else 2), 16) // g.itemsize
         num_warps = num_warps or min(max(block_c * block_p // (32 * thread_elements), 1), 16)
@@ -104,8 +104,8 @@ def plane_tile(g: Geometry, split: bool = False) -> Tile:
         block_c, least = min(next_power_of_2(g.c), 256 // g.itemsize), max(SECTOR // g.itemsize, BYTE)
         least = max(least, next_power_of_2(cdiv(g.c, 128)))
     else:
-        # Rows of 128 pixels and 32 channels: every program reads the maps of CBAM's spatial gate along its pixels, and
-        # the partial products of fc1 that each block of channels leaves of each part, of 64 blocks at most.
+        # Rows of 128 pixels, since every program reads CBAM's spatial maps along them; 32 channels. At most 64 blocks
+        # of channels, since each leaves partials of fc1.
         least = next_power_of_2(cdiv(g.c, 64))
         block_c = min(max(TILE // min(next_power_of_2(g.p), 128), least), next_power_of_2(g.c))
     while block_c > least:
