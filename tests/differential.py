@@ -30,8 +30,8 @@ from attn_kernels.ops import simam
 from attn_kernels.ops.bam import norm as bam_norm
 from attn_kernels.ops.cbam import backward as cbam_backward
 from attn_kernels.ops.cbam import convolution, forward
-from attn_kernels.ops.channel_gate import plan
 from attn_kernels.ops.common import device as gpu
+from attn_kernels.ops.common import gate_plan as plan
 from attn_kernels.ops.common import tiling
 from benchmarks.accuracy import compare
 from benchmarks.interpreter import round_to_nearest, skip_repeated_work

@@ -7,7 +7,7 @@ import pytest
 from attn_kernels.ops import simam
 from attn_kernels.ops.bam.norm import ADDED_CHANNELS, norm_tile
 from attn_kernels.ops.cbam.forward import pools_tile
-from attn_kernels.ops.channel_gate.plan import PLANE_BYTES, channel_plan
+from attn_kernels.ops.common.gate_plan import PLANE_BYTES, channel_plan
 from attn_kernels.ops.common.tiling import (
     BYTE,
     TILE,

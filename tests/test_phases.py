@@ -17,9 +17,9 @@ from triton.runtime import interpreter
 import attn_kernels
 import reference
 from attn_kernels.ops import cbam, channel_attention, channel_gate
-from attn_kernels.ops.channel_gate.plan import channel_plan
 from attn_kernels.ops.common import device as gpu
 from attn_kernels.ops.common import grid_sync, squeeze, tiling
+from attn_kernels.ops.common.gate_plan import channel_plan
 from attn_kernels.ops.common.tiling import geometry
 from benchmarks.compile import ChannelAttention
 from reference.catalogue import LAYOUTS, POOLS

@@ -20,7 +20,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attn_kernels.ops.channel_gate.plan import channel_plan
 from attn_kernels.ops.common import device, tiling
 from attn_kernels.ops.common.epilogue import (
     empty_dresidual,
@@ -31,6 +30,7 @@ from attn_kernels.ops.common.epilogue import (
     unmask,
 )
 from attn_kernels.ops.common.excite import Sizes
+from attn_kernels.ops.common.gate_plan import channel_plan
 from attn_kernels.ops.common.grid_sync import Sync, empty_scratch, flags_pointer, launches, phase_task, signal
 from attn_kernels.ops.common.layout import contiguous, like
 from attn_kernels.ops.common.operator import (

@@ -13,9 +13,9 @@ from torch import Tensor
 from attn_kernels.ops.cbam import convolution
 from attn_kernels.ops.cbam.forward import MLP, spatial_gate
 from attn_kernels.ops.channel_gate.backward import Gradients, launch_backward, launch_gates
-from attn_kernels.ops.channel_gate.plan import channel_plan
 from attn_kernels.ops.common.epilogue import empty_dresidual, load_epilogue_grad, optional
 from attn_kernels.ops.common.excite import Weights, empty_dweights
+from attn_kernels.ops.common.gate_plan import channel_plan
 from attn_kernels.ops.common.layout import like
 from attn_kernels.ops.common.spatial_grad import SpatialGrad, gated_grad
 from attn_kernels.ops.common.tile import (

@@ -11,11 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from attn_kernels.ops.cbam import convolution
-from attn_kernels.ops.channel_gate.plan import forward_launch
 from attn_kernels.ops.common import device, tiling
 from attn_kernels.ops.common.batch_norm import Norm, NormOptions, norm_use
 from attn_kernels.ops.common.epilogue import empty_mask, optional, store_epilogue
 from attn_kernels.ops.common.excite import Mlp, Sizes, Weights, excite, hidden_layer
+from attn_kernels.ops.common.gate_plan import forward_launch
 from attn_kernels.ops.common.grid_sync import (
     empty_scratch,
     flags_pointer,

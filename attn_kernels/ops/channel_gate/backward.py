@@ -18,12 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attn_kernels.ops.channel_gate.plan import GateLaunch, backward_launch
 from attn_kernels.ops.common import device
 from attn_kernels.ops.common.activations import gate_bwd
 from attn_kernels.ops.common.epilogue import load_epilogue_grad, optional
 from attn_kernels.ops.common.excite import Mlp, Sizes, Weights, excite
 from attn_kernels.ops.common.excite_bwd import dpool, dweights, hidden_grad, load_gates
+from attn_kernels.ops.common.gate_plan import GateLaunch, backward_launch
 from attn_kernels.ops.common.grid_sync import (
     JOIN,
     WEIGHTS,

@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attn_kernels.ops.channel_gate.plan import forward_launch
 from attn_kernels.ops.common import device
 from attn_kernels.ops.common.epilogue import optional, store_epilogue
 from attn_kernels.ops.common.excite import Mlp, Sizes, Weights, excite, hidden_layer
+from attn_kernels.ops.common.gate_plan import forward_launch
 from attn_kernels.ops.common.grid_sync import (
     empty_scratch,
     group_flags,
