@@ -203,7 +203,7 @@ def _launch_pool(outputs: tuple[Tensor, Tensor], x: Tensor, pools: int) -> None:
         size = workspace.fn(n, c, 0, plan.splits, 0, pools_of(pools), True).size
         scratch, flags = empty_scratch(x, size, 1 + n * plan.tasks if plan.single_launch else 0)
         joins = n * plan.blocks
-    tile = plan.tile._replace(num_stages=3, maxnreg=None)
+    tile = plan.tile._replace(maxnreg=None)
     for epoch, programs in launches(plan.single_launch, n * plan.tasks, joins):
         squeeze_kernel[(programs,)](
             x_ptr=x,
