@@ -76,7 +76,9 @@ class TestChanges:
 
 
 @without_gpu
-def test_rehearsal(tmp_path, capsys):
+def test_rehearsal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sweep, "REGISTERS", (128,))
+    monkeypatch.setattr(sweep, "STAGES", (1, 2))
     options = ["--kernels", "se", "--batches", "32", "--layouts", "contiguous", "--dtypes", "bf16"]
     assert main(["speed", "--sweep", "--rehearse", *options, "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*.csv")

@@ -182,7 +182,7 @@ class TestRecorded:
         ("SE", (40, 64, 7, 7)),
         ("ChannelGate", (3, 40, 20, 20)),
         ("CBAM", (3, 40, 20, 20)),
-        ("CBAM", (20, 64, 40, 40)),
+        ("CBAM", (12, 64, 40, 40)),
         ("CBAM", (40, 64, 7, 7)),
         ("CBAM", (32, 512, 7, 7)),  # several tasks of the hidden layer, and gates in their launch
         ("SimAM", (3, 40, 24, 24)),
