@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from attn_kernels.ops import simam
-from attn_kernels.ops.bam import norm as bam_norm
+from attn_kernels.ops.bam.norm.forward import norm_tile
 from attn_kernels.ops.cbam import backward as cbam_backward
 from attn_kernels.ops.cbam import convolution, forward
 from attn_kernels.ops.common import device as gpu
@@ -49,7 +49,7 @@ CACHED = (
     plan.channel_plan,
     plan.forward_launch,
     plan.backward_launch,
-    bam_norm.norm_tile,
+    norm_tile,
     forward.pools_tile,
     forward.scale_tile,
     cbam_backward.dspatial_tile,

@@ -17,8 +17,8 @@ from attn_kernels.ops.bam.norm import (
     can_add,
     forward_op,
     is_fusable,
-    norm_tile,
 )
+from attn_kernels.ops.bam.norm.forward import norm_tile
 from attn_kernels.ops.common import device as gpu
 from attn_kernels.ops.common import tiling
 from reference.bam import spatial_layer

@@ -5,7 +5,8 @@ import itertools
 import pytest
 
 from attn_kernels.ops import simam
-from attn_kernels.ops.bam.norm import ADDED_CHANNELS, norm_tile
+from attn_kernels.ops.bam.norm import ADDED_CHANNELS
+from attn_kernels.ops.bam.norm.forward import norm_tile
 from attn_kernels.ops.cbam.forward import pools_tile
 from attn_kernels.ops.common.gate_plan import PLANE_BYTES, channel_plan
 from attn_kernels.ops.common.tiling import (

@@ -7,7 +7,7 @@ The full-size tensors are fused in two operators:
   dx, the gradient by way of the apply included, and sums for the weight's, 3|x|.
 - apply: reads x, writes y, 2|x| (+ |x| residual). Backward: reads dy and x, writes sums for the gradients of both
   logits, 2|x| (+ |x| for dy behind the ReLU, which is the residual's gradient).
-Of the branches between them, on 1/16 of the channels, BatchNorm + ReLU are kernels too (norm.py), the rest
+Of the branches between them, on 1/16 of the channels, BatchNorm + ReLU are kernels too (norm/), the rest
 PyTorch's: three maps, of which forward moves 13/16 |x| and backward 20/16 |x|. Forward 3.8|x|, backward 6.25|x|;
 launches 8 and 8, and PyTorch's, sums over programs among them. Saved: x, the logits and five maps of 1/16 |x|; one bit
 per element with ReLU.

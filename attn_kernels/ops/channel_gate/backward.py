@@ -22,7 +22,14 @@ from attn_kernels.ops.common import device
 from attn_kernels.ops.common.activations import gate_bwd
 from attn_kernels.ops.common.epilogue import load_epilogue_grad, optional
 from attn_kernels.ops.common.excite import Mlp, Sizes, Weights, excite
-from attn_kernels.ops.common.excite_bwd import dpool, dweights, hidden_grad, load_gates
+from attn_kernels.ops.common.excite_bwd import (
+    bwd_scratch_pointers,
+    bwd_workspace,
+    dpool,
+    dweights,
+    hidden_grad,
+    load_gates,
+)
 from attn_kernels.ops.common.gate_plan import GateLaunch, backward_launch
 from attn_kernels.ops.common.grid_sync import (
     JOIN,
@@ -50,57 +57,6 @@ class Gradients(NamedTuple):
     b1: Tensor
     w2: Tensor
     b2: Tensor
-
-
-class BwdScratch(NamedTuple):
-    """Pointers to what the programs of a backward pass leave each other.
-
-    gate and dlogit (N, C), dpreactivation (N, K, R), pool (N, avg + max, C), dpartial (N, J * S, R), and of split
-    planes stats (N, S, 1 + avg, C).
-    """
-
-    gate: tl.tensor
-    dlogit: tl.tensor
-    dpreactivation: tl.tensor
-    pool: tl.tensor
-    dpartial: tl.tensor
-    stats: tl.tensor
-
-
-class BwdWorkspace(NamedTuple):
-    """Offsets of the scratch memory's parts, of which the first is at 0, and its size in elements without flags."""
-
-    dlogit: int
-    dpreactivation: int
-    pool: int
-    dpartial: int
-    stats: int
-    size: int
-
-
-@triton.jit
-def bwd_workspace(N, C, R, S, tasks, POOLS: tl.constexpr, SPLIT: tl.constexpr):
-    """Also called by the host, as ``bwd_workspace.fn``; a kernel gives N as an int64."""
-    dlogit = N * C
-    dpreactivation = dlogit + N * C
-    pool = dpreactivation + N * POOLS.K * R
-    dpartial = pool + N * (POOLS.avg + POOLS.max) * C
-    stats = dpartial + N * tasks * R
-    size = stats + N * S * (1 + POOLS.avg) * C * (1 if SPLIT else 0)
-    return BwdWorkspace(dlogit, dpreactivation, pool, dpartial, stats, size)
-
-
-@triton.jit
-def _scratch_pointers(scratch_ptr, size, tasks, POOLS: tl.constexpr):
-    begin = bwd_workspace(tl.cast(size.N, tl.int64), size.C, size.R, size.S, tasks, POOLS, True)
-    return BwdScratch(
-        scratch_ptr,
-        scratch_ptr + begin.dlogit,
-        scratch_ptr + begin.dpreactivation,
-        scratch_ptr + begin.pool,
-        scratch_ptr + begin.dpartial,
-        scratch_ptr + begin.stats,
-    )
 
 
 @triton.jit
@@ -340,7 +296,7 @@ def gate_bwd_kernel(
     first_tasks = J * S
     hidden_tasks = tl.cdiv(SAMPLES * extent.R, WORK.block_e)
     second_tasks = hidden_tasks + first_tasks
-    scratch = _scratch_pointers(scratch_ptr, size, first_tasks, POOLS)
+    scratch = bwd_scratch_pointers(scratch_ptr, size, first_tasks, POOLS)
     # Behind the second phase of the last group come the weights, which wait for the hidden layers of all.
     if WORK.single:
         weight_task = pid - groups * (first_tasks + second_tasks)

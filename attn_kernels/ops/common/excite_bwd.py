@@ -1,9 +1,10 @@
 """The backward pass of a channel gate's MLP on the device, from the logits' gradients to those of pools and weights.
 
 The first phase leaves ``dpartial`` (N, J * S, R), the products of fc2 transposed with the logits' gradients of each
-task's channels; here tasks add them up and go back to the pools and to the weights. ``scratch`` has the pointers that
-``channel_gate.backward.BwdScratch`` describes.
+task's channels; here tasks add them up and go back to the pools and to the weights.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -13,6 +14,57 @@ from attn_kernels.ops.common.excite import hidden_elements
 from attn_kernels.ops.common.grid_sync import unless
 from attn_kernels.ops.common.matmul import load_weight, matmul_nt
 from attn_kernels.ops.common.reduce import sum_partials
+
+
+class BwdScratch(NamedTuple):
+    """Pointers to what the programs of a backward pass leave each other.
+
+    gate and dlogit (N, C), dpreactivation (N, K, R), pool (N, avg + max, C), dpartial (N, J * S, R), and of split
+    planes stats (N, S, 1 + avg, C).
+    """
+
+    gate: tl.tensor
+    dlogit: tl.tensor
+    dpreactivation: tl.tensor
+    pool: tl.tensor
+    dpartial: tl.tensor
+    stats: tl.tensor
+
+
+class BwdWorkspace(NamedTuple):
+    """Offsets of the scratch memory's parts, of which the first is at 0, and its size in elements without flags."""
+
+    dlogit: int
+    dpreactivation: int
+    pool: int
+    dpartial: int
+    stats: int
+    size: int
+
+
+@triton.jit
+def bwd_workspace(N, C, R, S, tasks, POOLS: tl.constexpr, SPLIT: tl.constexpr):
+    """Also called by the host, as ``bwd_workspace.fn``; a kernel gives N as an int64."""
+    dlogit = N * C
+    dpreactivation = dlogit + N * C
+    pool = dpreactivation + N * POOLS.K * R
+    dpartial = pool + N * (POOLS.avg + POOLS.max) * C
+    stats = dpartial + N * tasks * R
+    size = stats + N * S * (1 + POOLS.avg) * C * (1 if SPLIT else 0)
+    return BwdWorkspace(dlogit, dpreactivation, pool, dpartial, stats, size)
+
+
+@triton.jit
+def bwd_scratch_pointers(scratch_ptr, size, tasks, POOLS: tl.constexpr):
+    begin = bwd_workspace(tl.cast(size.N, tl.int64), size.C, size.R, size.S, tasks, POOLS, True)
+    return BwdScratch(
+        scratch_ptr,
+        scratch_ptr + begin.dlogit,
+        scratch_ptr + begin.dpreactivation,
+        scratch_ptr + begin.pool,
+        scratch_ptr + begin.dpartial,
+        scratch_ptr + begin.stats,
+    )
 
 
 @triton.jit
