@@ -24,7 +24,7 @@ from attn_kernels.fuse.plans import (
     SpatialGatePlan,
 )
 from attn_kernels.fuse.terms import Refused, Size, Term, Value, X, number
-from reference.cbam import POOLS
+from reference.catalogue import POOLS
 from reference.se import ACTIVATIONS
 
 PLANE, CHANNELS = frozenset("HW"), frozenset("C")
@@ -152,7 +152,7 @@ class _Finder:
         gate = found[0][0]
         if any(g[:3] != gate[:3] for g, _ in found):
             return None
-        return gate._replace(pools=tuple(pool for _, pool in found))
+        return gate._replace(pools=tuple(sorted((pool for _, pool in found), key=lambda pool: POOLS.index(pool.name))))
 
     def _conditions(self, pools: tuple[Pool, ...]) -> dict[str, object] | None:
         planes = {pool.plane for pool in pools} - {None}

@@ -6,7 +6,7 @@ so that ``is`` compares whole formulas. Every value is read as (N, C, H, W), wit
 
 from __future__ import annotations
 
-import itertools
+import hashlib
 from dataclasses import dataclass
 from typing import ClassVar
 from weakref import WeakValueDictionary
@@ -23,16 +23,15 @@ class Term:
     calls of the layer at ``path``; ``("mean", t, {"H", "W"})`` and the like reduce the dimensions that they name.
     """
 
-    __slots__ = ("__weakref__", "args", "number", "op")
+    __slots__ = ("__weakref__", "args", "digest", "op")
     _all: ClassVar[WeakValueDictionary[tuple, Term]] = WeakValueDictionary()
-    _numbers = itertools.count()
 
     def __new__(cls, op: str, *args: object) -> Term:
         key = op, args, tuple(map(type, args))  # 1, 1.0 and True are equal
         term = cls._all.get(key)
         if term is None:
             term = object.__new__(cls)
-            term.op, term.args, term.number = op, args, next(cls._numbers)
+            term.op, term.args, term.digest = op, args, _digest(op, *args)
             cls._all[key] = term
         return term
 
@@ -66,8 +65,20 @@ class Term:
 
 
 def unordered(op: str, *args: Term) -> Term:
-    """A term whose operands may change places."""
-    return Term(op, *sorted(args, key=lambda t: t.number))
+    """A term whose operands may change places.
+
+    Their order follows from what they are, not from when they were made: a module and its copy give the same plan.
+    """
+    return Term(op, *sorted(args, key=lambda t: t.digest))
+
+
+def _digest(*values: object) -> str:
+    """A number for an operation or a set of dimensions, the same in every process."""
+    words = (
+        v.digest if isinstance(v, Term) else _digest(*sorted(v)) if isinstance(v, frozenset) else repr(v)
+        for v in values
+    )
+    return hashlib.sha1(" ".join(words).encode(), usedforsecurity=False).hexdigest()
 
 
 def number(value: float) -> Term:

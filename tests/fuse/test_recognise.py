@@ -13,7 +13,7 @@ from attn_kernels import fuse_
 from attn_kernels.fuse import check
 from attn_kernels.fuse.recognise import recognise
 from attn_kernels.fuse.registry import METHODS, PRISTINE_METHODS
-from attn_kernels.fuse.terms import Refused
+from attn_kernels.fuse.terms import Refused, Term, unordered
 from tests import soundness
 from tests.fuse.attacks import ATTACKS, SE, C
 from tests.fuse.cases import BUILD, randomized
@@ -90,6 +90,18 @@ def test_the_check_agrees(name):
     """Beside the module: outputs, gradients and buffers, in training and in evaluation."""
     module = randomized(BUILD[name]())
     assert check.disagreement(module, recognise(module).plan) == ""
+
+
+def test_operands_have_one_order():
+    """It does not depend on which term was made first, so that a module and its copy get one plan and one class."""
+
+    def order(*names):
+        terms = {name: Term("mean", Term(name), frozenset("HW")) for name in names}
+        return [term.args[0].op for term in unordered("add", *terms.values()).args]
+
+    assert order("a", "b") == order("b", "a")
+    plan = recognise(BUILD["Jongchan CBAM all pools"]()).plan
+    assert plan.pool_types == ("avg", "max", "lp", "lse")
 
 
 class TestCheck:
