@@ -1,6 +1,7 @@
-"""``python -m attn_kernels``: what runs on this machine and why not, and a check of each module against the reference.
+"""``python -m attn_kernels`` says what runs on this machine and why not, and checks each module against the reference.
 
-Exits with status 1 if a module disagrees, or if it cannot be told what runs. What fails costs its own line only.
+It exits with status 1 if a module disagrees, or if it cannot find out what runs. A probe that fails spoils its own line
+only.
 """
 
 from __future__ import annotations
@@ -23,16 +24,17 @@ from reference._common import DTYPES
 from reference.catalogue import LAYOUTS, OPERATORS
 
 CHANNELS = 16
-# Of the greatest value: float32 with sums of a thousand numbers leaves 1e-6 of it, a wrong formula 1e-2 and more.
+# The allowed error, relative to the greatest value. Sums of a thousand numbers in float32 are off by 1e-6, and a wrong
+# formula by 1e-2 or more.
 TOLERANCE = 1e-4
 OK, FAILED = "ok", "FAILED"
 
 
 def answer(probe: Callable[..., str], *args: object) -> str:
-    """What the probe says, or what it raises in its place: every line that this command prints comes from here."""
+    """What the probe says, or what it raises. Every line that this command prints comes from here."""
     try:
         return probe(*args)
-    except Exception as error:  # of whatever kind: the other lines are still to come
+    except Exception as error:  # of any kind: the other lines are still to come
         return f"{FAILED}, {type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
@@ -130,7 +132,7 @@ def paths() -> list[tuple[str, ...]]:
 
 
 def error(name: str) -> float:
-    """The greatest error of output and gradients in float32 against the reference in float64, of the greatest value."""
+    """The greatest error of output and gradients in float32, relative to the float64 reference's greatest value."""
     torch.manual_seed(0)
     exact = build(reference, name).to(device()).double()
     for p in exact.parameters():
@@ -141,7 +143,8 @@ def error(name: str) -> float:
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         got = _results(fused, x, residual, dy)
         want = _results(exact, x.double(), residual.double(), dy.double())
-    # A gradient that cancels to nothing, as that of a bias before BatchNorm, has no scale of its own: theirs together.
+    # A gradient that cancels to zero, as that of a bias before BatchNorm, has no scale of its own: all gradients share
+    # one.
     together = [[r[0].flatten(), torch.cat([g.flatten() for g in r[1:]])] for r in (got, want)]
     errors = [(g - w).abs().max() / w.abs().max() for g, w in zip(*together, strict=True)]
     return max(e.item() if e.isfinite() else float("inf") for e in errors)

@@ -1,7 +1,8 @@
 """Kernels compiled into Triton's cache, in parallel.
 
-In processes, since most of Triton's compiler holds the interpreter's lock; and none of ``multiprocessing``, which would
-either run the caller's script again or fork a process that uses CUDA. Run as a program, this module is such a process.
+The compilations run in processes, since most of Triton's compiler holds the interpreter's lock. ``multiprocessing``
+does not start them: it would either run the caller's script again or fork a process that uses CUDA. This module, run as
+a program, is such a process.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def compile_all(
 ) -> Iterator[tuple[Specialization, Outcome]]:
     """Compile, and yield each kernel when it is done.
 
-    In this process as long as the cache has them: that takes milliseconds, a process seconds to start.
+    As long as the cache has the kernels, this process takes them from there, in milliseconds. Other processes start at
+    the first one that it lacks, since they take seconds to start.
     """
     todo = list(kernels)
     while todo:
@@ -49,26 +51,26 @@ def compile_all(
 
 
 def compile_kernel(kernel: Specialization, capability: int) -> Outcome:
-    """In this process."""
+    """Compile one kernel in this process."""
     start, complaint = _cpu_seconds(), ""
     with compiling_for(capability), compilations() as compiled:
         try:
             triton.compile(kernel.source(), target=target(capability), options=dict(kernel.options))
-        except Exception as error:  # of the compiler, of whatever kind: others are still to come
+        except Exception as error:  # of any kind that the compiler raises: other kernels are still to come
             complaint = f"{type(error).__name__}: {str(error)[-300:]}"
     return Outcome(kernel.kernel in compiled, _cpu_seconds() - start, complaint)
 
 
 def _cpu_seconds() -> float:
-    """Of this process and of the programs that it called, as ptxas is."""
+    """CPU time of this process and of the programs that it has called, such as ptxas."""
     return sum(os.times()[:4])
 
 
 @contextmanager
 def compilations() -> Iterator[list[str]]:
-    """The names of the kernels that this process compiles inside the block, as they come; none that is in the cache.
+    """The names of the kernels that this process compiles inside the block, as they come, without those from the cache.
 
-    Of all its threads: on a GPU autograd launches backward's kernels in one of its own.
+    All threads count: on a GPU autograd launches backward's kernels in a thread of its own.
     """
     found: list[str] = []
     before = triton.knobs.compilation.listener
@@ -114,7 +116,7 @@ def _cpus() -> int:
 
 
 class _Worker:
-    """A process that compiles one kernel after another; a new one where it ended."""
+    """A process that compiles one kernel after another. Where it has ended, the next kernel starts a new one."""
 
     def __init__(self, capability: int):
         self._capability, self._stopped = capability, False
@@ -150,14 +152,14 @@ class _Worker:
             stdout=subprocess.PIPE,
             text=True,
             env=environment,
-            start_new_session=True,  # who interrupts this process has it stop its workers
+            start_new_session=True,  # an interrupt reaches this process alone, which then stops its workers
         )
 
 
 def _work(capability: int) -> None:
     """Read a kernel per line, compile it, write a line that says what came of it."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a compiler prints is no answer
+    os.dup2(2, 1)  # what the compiler prints must not be read as an answer
     for line in sys.stdin:
         outcome = compile_kernel(pickle.loads(base64.b64decode(line)), capability)
         print(json.dumps(outcome), file=answers, flush=True)

@@ -1,8 +1,8 @@
 """What operators would launch, found out without a GPU and without data.
 
 Inside ``launching_without_data`` meta tensors and PyTorch's fake tensors take the fused path, and every operator's
-launcher runs on meta tensors. Inside ``specializing`` Triton's launcher is stopped where it would compile, and tells
-what. Neither disturbs another thread.
+launcher runs on meta tensors. Inside ``specializing`` Triton's launcher stops where it would compile a kernel, and
+reports that kernel. Neither disturbs another thread.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _lock = RLock()  # held by the one thread that records or compiles
 class Specialization(NamedTuple):
     """A kernel as Triton compiles it, for a set of arguments of the same types, divisibility and constants.
 
-    The last four are the items of the dictionaries that Triton's ASTSource and compile() take.
+    The last four fields are the items of the dictionaries that Triton's ASTSource and compile() take.
     """
 
     module: str
@@ -45,14 +45,14 @@ class Specialization(NamedTuple):
 
     @classmethod
     def of(cls, module: str, kernel: str, compile: dict) -> Specialization:
-        """From what Triton's ``jit_cache_hook`` is given."""
+        """The specialization in what Triton passes to its ``jit_cache_hook``."""
         (attributes,) = compile["configs"]
         options = json.loads(compile["specialization_data"])["options"]
         dicts = compile["signature"], compile["constants"], _as_tuples(attributes), _as_tuples(options)
         return cls(module, kernel, *(tuple(d.items()) for d in dicts))
 
     def source(self) -> ASTSource:
-        """For Triton's compile()."""
+        """What Triton's compile() takes."""
         function = getattr(import_module(self.module), self.kernel)
         return ASTSource(function, dict(self.signature), dict(self.constants), as_attributes(self.attributes))
 
@@ -63,7 +63,7 @@ def as_attributes(items: Iterable[tuple[tuple[int, ...], object]]) -> dict[tuple
 
 
 def _as_tuples(value: object) -> object:
-    """Lists of lists as tuples, which can be compared as wholes; also the values of a dictionary."""
+    """Lists of lists as tuples of tuples, which can be hashed; so are the values of a dictionary."""
     if isinstance(value, dict):
         return {key: _as_tuples(v) for key, v in value.items()}
     return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
@@ -81,7 +81,7 @@ def launching_without_data(multiprocessors: int) -> Iterator[None]:
 
 
 class _Launchers(TorchDispatchMode):
-    """Runs an operator's launcher: on meta tensors in place of its fake, on fake tensors beside it."""
+    """Runs operators' launchers. On meta tensors a launcher takes the place of the fake, on fake tensors both run."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -107,7 +107,7 @@ def _laid_out(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 @contextmanager
 def specializing(capability: int, heard: Callable[[Specialization, dict], None]) -> Iterator[None]:
-    """Inside the block this thread's launches do nothing, but tell what they would compile for that capability.
+    """Inside the block this thread's launches do nothing but report what they would compile for that capability.
 
     ``heard`` is called at every launch of this package's kernels, with what Triton says of the compilation too.
     """
@@ -120,7 +120,7 @@ def specializing(capability: int, heard: Callable[[Specialization, dict], None])
             heard(Specialization.of(fn.module, fn.name, compile), compile)
         return True  # do not compile
 
-    with compiling_for(capability, "recording"):  # where no kernel is ever compiled: every launch is heard
+    with compiling_for(capability, "recording"):  # whose cache of kernels stays empty, so that every launch is heard
         triton.knobs.runtime.jit_cache_hook = listen
         try:
             yield
@@ -130,13 +130,13 @@ def specializing(capability: int, heard: Callable[[Specialization, dict], None])
 
 @contextmanager
 def compiling_for(capability: int, device: str = "compiling") -> Iterator[None]:
-    """Inside the block this thread's launcher finds a GPU of that capability that can only be compiled for.
+    """Inside the block this thread's launcher finds a GPU of that capability, for which it can compile but not run.
 
-    Triton keeps by ``device`` what it has compiled.
+    Triton keeps what it has compiled by ``device``.
     """
     _device.settle_cache_keys()
     with _lock:
-        # None where it was not asked for yet: the machine's own is then found where it is.
+        # None where no driver was asked for yet: the machine's own is then found when it is.
         before = getattr(triton.runtime.driver, "_active", None)
         triton.runtime.driver.set_active(_Driver(capability, f"{device} for sm_{capability}"))
         try:
@@ -146,7 +146,7 @@ def compiling_for(capability: int, device: str = "compiling") -> Iterator[None]:
 
 
 class _Driver:
-    """All that Triton's launcher asks of a driver before it compiles; to other threads, the machine's own."""
+    """Answers what Triton's launcher asks of a driver before it compiles; other threads get the machine's own."""
 
     def __init__(self, capability: int, device: str):
         self._capability, self._device, self._thread = capability, device, get_ident()

@@ -1,4 +1,4 @@
-"""Versions that do not work together."""
+"""Versions of Triton and numpy that do not work together."""
 
 from __future__ import annotations
 

@@ -91,13 +91,14 @@ class Explanations:
 
 
 def explain(module: nn.Module, x: Tensor, residual: Tensor | None = None) -> Explanation | Explanations:
-    """Say what ``module(x, residual)`` does here and now, without doing it.
+    """Say what ``module(x, residual)`` would do here and now, without calling it.
 
     Args:
         module: an ``SE``, ``BAM``, ``CBAM``, ``ChannelGate``, ``SpatialGate`` or ``SimAM``, or a module or residual
-            block that ``fuse_`` made, or a block of ``models`` on which SE's layers stand. Of a block, its attention is
-            asked about a tensor like ``x``, for want of its input. Or a network that has such modules: its forward pass
-            is run by a copy of it, on tensors without data: nothing is computed, and the network does not change.
+            block that ``fuse_`` made, or a block of ``models`` on which SE's layers stand. The attention of a
+            block is asked about a tensor like ``x``, since its own input is not known. A network that has such modules
+            may be given too. A copy of it then runs on tensors without data: nothing is computed, and the network does
+            not change.
         x: (N, C, H, W), float16, bfloat16, float32 or float64, in any layout; a network's only input, whatever it is.
         residual: the shape of ``x``; None for what ``fuse_`` made and for networks, which take no other argument.
 
@@ -125,7 +126,7 @@ def explain(module: nn.Module, x: Tensor, residual: Tensor | None = None) -> Exp
 
 
 def _is_explained(module: nn.Module) -> bool:
-    """Whether the module is one of those that decide themselves what they run."""
+    """Whether the module itself decides whether the kernels run."""
     return isinstance(module, (FusedModule, FusedBlock, *OF_REFERENCE)) or _is_se_block(module)
 
 
@@ -143,7 +144,7 @@ def _explain_network(network: nn.Module, x: Tensor, residual: Tensor | None) -> 
         raise TypeError("residual: expected None for a network, got a tensor")
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
-    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # here, for they are private
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # imported here, since they are private
 
     mode, twins = FakeTensorMode(allow_non_fake_inputs=True), {}
     twin = _without_data(network, mode, twins)
@@ -151,12 +152,12 @@ def _explain_network(network: nn.Module, x: Tensor, residual: Tensor | None) -> 
     for name, module in found.items():
 
         def record(_, args, kwargs, name=name, module=module):
-            # At once, for the network may have set autocast, or that no gradient is wanted.
+            # At the call, since by now the network may have turned autocast on or gradients off.
             rows.append((name, _explain_call(module, args, kwargs)))
 
         twins[module].register_forward_pre_hook(record, with_kwargs=True)
     with warnings.catch_warnings(), mode:
-        warnings.simplefilter("ignore")  # what a module of fuse_ warns of is a reason here
+        warnings.simplefilter("ignore")  # a module of fuse_ warns of what is one of the reasons here
         try:
             twin(x if isinstance(x, FakeTensor) else mode.from_tensor(x))
         except Exception as error:
@@ -182,7 +183,7 @@ def _without_data(module: nn.Module, mode: FakeTensorMode, twins: dict[nn.Module
 
 
 def _copied(value: object, mode: FakeTensorMode) -> object:
-    """A tensor without data, or a copy of a container, of whose tensors that holds as well; else the value itself."""
+    """A tensor without data for a tensor, a copy of a container with such tensors, and any other value itself."""
     if isinstance(value, Tensor):
         return mode.from_tensor(value)
     if isinstance(value, dict):
@@ -195,7 +196,7 @@ def _copied(value: object, mode: FakeTensorMode) -> object:
 def _attention_in(
     network: nn.Module, path: str = "", seen: set[nn.Module] | None = None
 ) -> list[tuple[str, nn.Module]]:
-    """Names and modules that decide what they run, each once, but those inside another."""
+    """The names and modules that :func:`explain` takes, each once, without those inside another."""
     seen, found = set() if seen is None else seen, []
     for name, child in network.named_children():
         name = f"{path}{name}"
@@ -207,7 +208,7 @@ def _attention_in(
 
 
 def _explain_call(module: nn.Module, args: tuple, kwargs: dict) -> Explanation:
-    """Explain a call as it was made."""
+    """Explain a call, given the arguments that the network passed."""
     if isinstance(module, AttentionModule):
         call = dict(zip(("x", "residual", "activation"), args, strict=False)) | kwargs
         return explain(module, call["x"], call.get("residual"))
@@ -226,7 +227,7 @@ def _call(module: nn.Module, x: Tensor | None) -> str:
 
 
 def _reasons(module: nn.Module, x: Tensor, residual: Tensor | None) -> list[str]:
-    """Those of ``why_not`` on what the module's forward pass gives it."""
+    """What ``why_not`` says of the tensors that the module's forward pass would give it."""
     is_attention = isinstance(module, AttentionModule)
     if residual is not None and not is_attention:
         raise TypeError(f"residual: expected None, since {type(module).__name__} takes only x, got a tensor")
@@ -282,7 +283,7 @@ def _reads(module: nn.Module) -> tuple[Sequence[Tensor | None], object, int]:
 
 
 def _reasons_within(module: FusedModule | FusedBlock, x: Tensor) -> list[str]:
-    """What the functional form that a module enters has to say, or the modules that a block calls."""
+    """Why the functional form that a module enters, or the modules that a block calls, do not take the kernels."""
     if isinstance(module, FusedModule):
         return why_not(module._plan.nchw(x), (), module._plan.norm(module))
     reasons = []
@@ -293,7 +294,7 @@ def _reasons_within(module: FusedModule | FusedBlock, x: Tensor) -> list[str]:
 
 
 def _as_taken(gate: nn.Module, x: Tensor) -> Tensor:
-    """A tensor like the block's input x, with as many channels and pixels as the gate takes; without memory."""
+    """A view of one element of the block's input x, with as many channels and pixels as the gate takes."""
     if not isinstance(gate, FusedModule) or gate._plan.nhwc:
         return x
     plan, (n, c, h, w) = gate._plan, x.shape

@@ -31,7 +31,7 @@ from reference.channel_attention import check_channel_attention, check_gate
 from reference.se import check_se, linear_weight
 from reference.simam import check_simam
 
-# The devices that the kernels run on, and why there is none.
+# The devices that the kernels run on, or why there is none.
 _DEVICES: tuple[str, ...] = ()
 _NO_DEVICE = ""
 
@@ -103,7 +103,7 @@ def why_not(x: Tensor, others: Sequence[Tensor | None] = (), norm: object = None
 
 def why_not_here(x: Tensor) -> list[str]:
     """Why no call takes the fused path on x's device, or while a program is recorded; empty where calls may."""
-    # Nothing is asked about shapes here: what is asked becomes a condition of the exported program.
+    # No shape is looked at here: whatever is asked of a shape becomes a condition of the exported program.
     if _records_plain_operators():
         return ["torch.export, ONNX export and torch.jit.trace record plain operators"]
     if not _DEVICES:
@@ -123,7 +123,7 @@ def devices() -> tuple[str, ...]:
 
 
 def _is_recorded(x: Tensor) -> bool:
-    """Whether what a call on x would launch is being recorded (``attn_kernels.precompile``): x has no data then."""
+    """Whether ``attn_kernels.precompile`` is recording what a call on x would launch; x has no data then."""
     is_ours = _device.recorded_thread > 0 and _device.recorded_thread == get_ident()
     return is_ours and (x.is_meta or type(x) is FakeTensor)
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from attn_kernels import functional
 
-if TYPE_CHECKING:  # what follows needs Triton, without which this package is imported too
+if TYPE_CHECKING:  # what follows needs Triton, and this package can be imported without it
     from attn_kernels._recording import Specialization
 
 
@@ -24,10 +24,10 @@ class Precompiled:
     """What ``precompile`` did; ``str()`` says it in words.
 
     Attributes:
-        kernels: that the model launches, each once.
-        compiled: those that were not in Triton's cache yet.
-        seconds: that all of it took.
-        cpu_seconds: of the compiler, which would have come one after another in the first step.
+        kernels: how many the model launches, each counted once.
+        compiled: how many of them were not in Triton's cache yet.
+        seconds: the time that all of it took.
+        cpu_seconds: the compiler's CPU time, which the first step would have spent one kernel after another.
     """
 
     kernels: int
@@ -159,7 +159,7 @@ def specializations(
     from attn_kernels._recording import launching_without_data, specializing
 
     found: dict[Specialization, None] = {}
-    model = getattr(model, "_orig_mod", model)  # of torch.compile, which would trace a model of fake tensors
+    model = getattr(model, "_orig_mod", model)  # torch.compile would trace a model of fake tensors
     first = next(model.parameters(), None)
     dtype = dtype or (torch.float32 if first is None else first.dtype)
     memory_format = memory_format or _memory_format(model)
@@ -171,7 +171,7 @@ def specializations(
         torch.autograd.set_multithreading_enabled(False),  # launches are recorded in this thread
         _autocast(device),
     ):
-        # Parameters and buffers as well: what a module did to a buffer of its own would be done.
+        # Parameters and buffers too: else what a module does to a buffer of its own would really be done to it.
         state = {name: _fake(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
         x = torch.empty(input_shape, dtype=dtype, device=device)
         x = x.contiguous(memory_format=memory_format) if x.dim() == 4 else x
@@ -185,14 +185,14 @@ def specializations(
 
 
 def _autocast(device: torch.device) -> AbstractContextManager:
-    """For a model on the CPU that will run on the GPU, under its autocast."""
+    """The GPU's autocast for a model on the CPU that will run on the GPU."""
     if device.type == "cpu" and torch.is_autocast_enabled("cuda"):
         return torch.autocast("cpu", torch.get_autocast_dtype("cuda"))
     return nullcontext()
 
 
 class _Step(nn.Module):
-    """A forward and a backward pass of a training step, of whatever the model returns."""
+    """The forward and backward pass of a training step, whatever the model returns."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -233,7 +233,7 @@ def _in_evaluation(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _bar(total: int, shown: bool) -> Iterator[Callable[[], object]]:
-    """A function that says that one more is done."""
+    """A progress bar, as a function that counts one kernel more."""
     try:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

@@ -85,7 +85,7 @@ def _broadcast(run: Interpreter, a: tuple[Size, ...], b: tuple[Size, ...]) -> li
 
 
 def simplified(t: Term) -> Term:
-    """The term by the name of what it is, where that is another: silu, hardsigmoid, a square."""
+    """The term under a shorter name, where it has one: silu, hardsigmoid, a square."""
     if t.op == "add" and number(0) in t.args:
         return t.args[t.args.index(number(0)) ^ 1]
     if t.op == "mul":
@@ -97,7 +97,7 @@ def simplified(t: Term) -> Term:
             return Term("square", t.args[0])
     if t.op == "pow" and t.args[1] is number(2):
         return Term("square", t.args[0])
-    # Not so the clamp of (x + 3) / 6, whose gradient at its bounds is not 0.
+    # The clamp of (x + 3) / 6 is another function: its gradient at the bounds is not 0.
     if t.op == "div" and t.args[1] is number(6) and t.args[0].op == "relu6":
         shifted = t.args[0].args[0]
         if shifted.op == "add" and number(3) in shifted.args:
@@ -147,7 +147,7 @@ def elementwise(run: Interpreter, name: str, v: Value, inplace: object = False, 
 
 
 def _elementwise(name: str, *names: str, inplace: str = "") -> None:
-    """Functions that take x alone, those with an ``inplace``, and those named with an underscore."""
+    """Register a function of x alone, under its names with an ``inplace`` option and with an underscore too."""
     for full in names:
         module = full.partition(".")[0]
         if module == "F" and name not in ("sigmoid", "tanh", "softplus"):
@@ -213,7 +213,7 @@ def clamp_(run: Interpreter, v: Value, min=None, max=None) -> Value:
 
 @operation("torch.cat", "torch.concat")
 def cat(run: Interpreter, tensors, dim=0) -> Value:
-    """Of (N, 1, H, W) maps along their channels."""
+    """Concatenate (N, 1, H, W) maps along their channels."""
     if not isinstance(tensors, tuple | list) or not tensors:
         raise Refused("concatenates something else than a sequence of tensors")
     if not all(isinstance(v, Value) and not v.expanded and len(v.shape) == 4 for v in tensors):

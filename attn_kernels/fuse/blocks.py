@@ -24,7 +24,8 @@ from attn_kernels.fuse.plans import Plan
 from attn_kernels.fuse.registry import METHODS
 from attn_kernels.fuse.terms import Refused, Size, Storage, Term, Value, X
 
-# What is called as it is where its result is not understood: it writes nothing but, by its name, its first argument.
+# Where their results are not understood, these are called as they are: they write to nothing, but for those whose name
+# says that they write to their first argument.
 _METHODS = """
     add add_ mul mul_ sub sub_ div div_ relu relu_ sigmoid sigmoid_ tanh clamp clamp_ softmax mean sum clone detach
     float half bfloat16 double type_as contiguous view reshape flatten permute transpose unsqueeze squeeze
@@ -98,7 +99,7 @@ class BlockInterpreter(Interpreter):
     # ---- recording
 
     def record(self, step: Step, result):
-        """Append a step; its result is marked as made by it, whatever tensor it is otherwise."""
+        """Append a step, and note that its result was made by it."""
         at = len(self.steps)
         self.steps.append(step)
         if isinstance(result, Value):
@@ -109,12 +110,12 @@ class BlockInterpreter(Interpreter):
         return result
 
     def opaque(self, is_map: bool) -> Value:
-        """A tensor of which nothing is known, but that it has 4 dimensions if it is a map."""
+        """A tensor of which nothing else is known than whether it is a map, with 4 dimensions."""
         at = len(self.steps)
         return Value(Term("map" if is_map else "output", at), _symbols(at), Storage(fresh=False))
 
     def is_map(self, v: Value) -> bool:
-        """Whether it is known of what v is made that it has 4 dimensions."""
+        """Whether v is known to have 4 dimensions, by the layers that made it."""
         return all(part.op != "output" for part in v.term.parts())
 
     def write(self, v: Value) -> None:
@@ -131,7 +132,7 @@ class BlockInterpreter(Interpreter):
         return super().tensor_attribute(v, name)
 
     def _note_maps(self, v: Value) -> None:
-        """That v has 4 dimensions, and the sizes that it has, follows from the layers that made it."""
+        """Note that v has 4 dimensions, and its sizes, which follow from the layers that made it."""
         seen, todo = set(), [v.step]
         while todo:
             at = todo.pop()
@@ -234,7 +235,7 @@ class BlockInterpreter(Interpreter):
     # ---- attention whose layers stand on the block
 
     def _product(self, result):
-        """The result of a step, once it was looked at as ``x * gate``."""
+        """The result of a step, after a look at whether it is ``x * gate``."""
         step = self.steps[-1]
         if isinstance(result, Value) and is_in(step.target, _PRODUCTS):
             candidates = [v for v in step.args if isinstance(v, Value) and v.step is not None]
@@ -267,7 +268,7 @@ class BlockInterpreter(Interpreter):
         return Attention(x, min(inside), last, None, replace(plan, channels=channels))
 
     def _slice(self, last: int, x: int) -> set[int] | None:
-        """The steps that lead from step ``x`` to ``last``; None unless they follow each other with no other between."""
+        """The steps that lead from step ``x`` to ``last``; None if there are others between them."""
         found, todo = set(), [last]
         while todo:
             at = todo.pop()

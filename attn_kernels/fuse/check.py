@@ -14,12 +14,12 @@ from attn_kernels.fuse.guards import Guard
 from attn_kernels.fuse.plans import Plan
 from reference._common import DTYPES
 
-TOLERANCE = 1e-6  # the derivative of PyTorch's hardsigmoid is 1/6 in float32, of a float64 tensor, too
+TOLERANCE = 1e-6  # not less: PyTorch differentiates hardsigmoid by 1/6 in float32, even of a float64 tensor
 
 
 @contextmanager
 def surroundings() -> Iterator[None]:
-    """The CPU, gradients, and random numbers whose state is put back; whatever mode the caller is in."""
+    """Inside the block tensors are real, on the CPU, with gradients; random numbers get their state back at its end."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(_no_fake_tensors())
         stack.enter_context(torch.inference_mode(False))
@@ -34,7 +34,7 @@ def surroundings() -> Iterator[None]:
 def _no_fake_tensors() -> contextlib.AbstractContextManager:
     try:
         from torch._subclasses.fake_tensor import unset_fake_temporarily
-    except ImportError:  # it is private
+    except ImportError:  # it is private, and may go
         return contextlib.nullcontext()
     return unset_fake_temporarily()
 
@@ -44,7 +44,7 @@ _verdicts: dict[tuple[Plan, Guard, object], str] = {}
 
 
 def verdict(module: nn.Module, plan: Plan, guard: Guard, forward: Forward | None = None) -> str:
-    """:func:`disagreement`, once for all modules of which the same was read: guards are equal for these alone."""
+    """:func:`disagreement`, computed once for all modules that were read alike: they have the same guard."""
     key = plan, guard, forward
     if key not in _verdicts:
         _verdicts[key] = disagreement(module, plan) if forward is None else disagreement(module, plan, forward)
@@ -60,7 +60,7 @@ def disagreement(module: nn.Module, plan: Plan, forward: Forward = nn.Module.__c
                     found = _compare(module, plan, forward, training, (h, w), scale)
                     if found:
                         return f"{found} than {plan.kind}'s {'in training' if training else 'in evaluation'}"
-    except Exception as failure:  # of the module's forward, of whatever kind
+    except Exception as failure:  # of any kind that the module's forward raises
         return f"could not be checked: {type(failure).__name__}: {' '.join(str(failure).split())[:120]}"
     return ""
 
@@ -129,7 +129,7 @@ def _copied(name: str, t: Tensor | None) -> Tensor | None:
 
 
 def _random(name: str, p: Tensor | None) -> nn.Parameter | None:
-    # Gates that neither saturate nor stand still, whatever the initialisation: zero in some networks.
+    # Not the initialisation, which is zero in some networks: of these the gates neither saturate nor stand still.
     if p is None:
         return None
     fan_in = p.numel() // max(p.shape[0], 1) if p.dim() else 1

@@ -1,4 +1,4 @@
-"""A function's call in the closed world: its variables, and what its statements and expressions do to them."""
+"""How the interpreter runs one call of a function: its variables, and what statements and expressions do to them."""
 
 from __future__ import annotations
 

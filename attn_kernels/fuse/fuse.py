@@ -156,7 +156,7 @@ class _Fuser:
         self.blocks: dict[nn.Module, tuple[nn.Module, dict[Path, type[nn.Module]]]] = {}
 
     def is_attention(self, module: nn.Module) -> bool:
-        """Whether a module as a whole is attention, fused or known."""
+        """Whether a module as a whole is attention that ``fuse_`` can replace, or has replaced already."""
         outcome = None if _is_container(module) else self.outcome(module, "")
         return outcome is not None and (outcome.twin is not None or outcome.row.reason == "already fused")
 
@@ -181,7 +181,7 @@ class _Fuser:
         return attention
 
     def descend(self, child: nn.Module, name: str, outcome: _Outcome | None) -> nn.Module:
-        """The twin of a module that is no known attention, what is below it replaced; or the module itself."""
+        """Of a module that is no known attention, a twin if it can be fused as a block, or else the module itself."""
         if child not in self.blocks:
             self.blocks[child] = child, {}
             at = len(self.rows)
@@ -199,7 +199,7 @@ class _Fuser:
     # ---- attention modules
 
     def outcome(self, module: nn.Module, name: str) -> _Outcome | None:
-        """What becomes of a module if it is attention; None where it does not even look like it."""
+        """What becomes of a module that is attention; None for one that does not look like attention."""
         if module not in self.outcomes:
             self.outcomes[module] = self._outcome(module, name)
         return self.outcomes[module]
@@ -240,7 +240,7 @@ class _Fuser:
         return True
 
     def checked_plan(self, module: nn.Module, plan: Plan, guard: Guard) -> Plan:
-        """The plan, once the module was seen to agree with it.
+        """The plan of a module, which was run beside it and agrees.
 
         Raises:
             Refused: it does not, or has parameters that kernels cannot read.
@@ -299,7 +299,7 @@ class _Fuser:
 
 
 def _is_container(module: nn.Module) -> bool:
-    """Whether a module is one of PyTorch's own, in which attention is looked for, but which is none."""
+    """Whether a module is a container of PyTorch's own: it may hold attention, and is none itself."""
     return type(module).__module__.split(".")[0] == "torch"
 
 
@@ -331,7 +331,7 @@ def _takes_se(block: nn.Module, se: Callable) -> bool:
 
 
 class _FusedSEBlock:
-    """A block of ``reference.models`` on which SE's layers stand, by the fused function."""
+    """A block of ``reference.models`` on which SE's layers stand, computed by the fused function."""
 
     _original: type[nn.Module]
     se = property(lambda self: functional.se)

@@ -42,7 +42,10 @@ class ReadOnlyList(list):
 
 
 class Reads:
-    """Notes of what was read: of the module and its children by their paths, and of functions, classes and globals."""
+    """Notes of what was read: of the module and its children by their paths, and of functions, classes and globals.
+
+    Each method makes one kind of note, which its docstring describes.
+    """
 
     def __init__(self) -> None:
         self._modules: dict[tuple[Path, str, str], object] = {}
@@ -51,16 +54,16 @@ class Reads:
     # ---- of modules
 
     def kind(self, child: Child, cls: type[nn.Module] | None = None) -> None:
-        """Its class, or the one that it will have, and that nothing but its class's forward runs when it is called."""
+        """The class that it has, or will have, and that a call of it runs its class's forward and nothing else."""
         self._modules[child.path, "kind", ""] = cls or type(child.module)
 
     def type(self, child: Child) -> None:
-        """Its class, of which something was read."""
+        """Its class, where something of the class was read."""
         if child.path:
             self._modules[child.path, "type", ""] = type(child.module)
 
     def constant(self, child: Child, name: str):
-        """An attribute of the instance, which is returned; a list may be looked at only."""
+        """The value of an instance's attribute, which is returned. Nothing may change a list that is returned."""
         value = vars(child.module)[name]
         if type(value) is list and is_constant(tuple(value)):
             self._modules[child.path, "list", name] = tuple(value)
@@ -144,7 +147,7 @@ class Reads:
 
 
 class _Same:
-    """Something that equals itself alone."""
+    """Wraps a value so that it equals the same object alone."""
 
     def __init__(self, value: object):
         self.value = value
@@ -161,7 +164,7 @@ class Guard:
     """Notices changes of what was read.
 
     Attributes:
-        changed: whether anything is another than it was; of the module.
+        changed: a function of the module, whether anything is not what it was.
         source: the text of that function.
     """
 

@@ -29,7 +29,7 @@ _KNOWN_MODULES = ("torch", "math")
 
 
 def input_value(layout: str = "NCHW") -> Value:
-    """The input of a module: N, C, H and W in the order of ``layout``."""
+    """The input of a module, with N, C, H and W in the order of ``layout``."""
     return Value(X, [Size(1, (letter,)) for letter in layout], Storage(is_input=True))
 
 

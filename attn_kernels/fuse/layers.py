@@ -31,7 +31,7 @@ class Layer(NamedTuple):
 
 
 def _own(run: Interpreter, layer: Child, *names: str) -> list:
-    """Options of a layer, all noted."""
+    """The values of a layer's options, each of which is noted."""
     return [run.reads.constant(layer, name) for name in names]
 
 
@@ -46,7 +46,7 @@ def _weights(run: Interpreter, layer: Child, shapes: dict[str, tuple[int, ...]])
 
 
 def linear(run: Interpreter, layer: Child, v: Value) -> Value:
-    """Of one vector of channels per sample."""
+    """A Linear layer, which takes one vector of channels per sample."""
     takes, gives = _own(run, layer, "in_features", "out_features")
     _weights(run, layer, {"weight": (gives, takes), "bias": (gives,)})
     others = [s for s in v.shape[:-1] if s != ONE]
@@ -57,7 +57,7 @@ def linear(run: Interpreter, layer: Child, v: Value) -> Value:
 
 
 def convolution(run: Interpreter, layer: Child, v: Value) -> Value:
-    """Of a vector of channels, which a 1x1 convolution takes, of a whole map, or, in one dimension, over channels."""
+    """A convolution: 1x1 of a vector of channels, of a whole map, or over the channels, in one dimension."""
     name = layer.name
     if "_conv_forward" in vars(layer.module):
         raise Refused(f"has another forward in {name} than its class's")
@@ -84,7 +84,7 @@ def convolution(run: Interpreter, layer: Child, v: Value) -> Value:
 
 
 def batch_norm(run: Interpreter, layer: Child, v: Value) -> Value:
-    """A norm writes its buffers: it must run as often as its module runs it."""
+    """A BatchNorm. It writes its buffers, so that it must run as often as its module runs it."""
     (channels,) = _own(run, layer, "num_features")
     _weights(run, layer, {"weight": (channels,), "bias": (channels,)})
     if v.expanded or len(v.shape) < 2 or not run.same(v.shape[1], size(channels)):
@@ -137,7 +137,7 @@ def _adaptive_max_pool(run: Interpreter, layer: Child, v: Value) -> Value:
 
 
 def _avg_pool(run: Interpreter, layer: Child, v: Value) -> Value:
-    """Of windows of a fixed size: the whole plane on maps of that size."""
+    """An average over windows of a fixed size, which is that of the whole plane on maps of that size."""
     kernel, padding, divisor = _own(run, layer, "kernel_size", "padding", "divisor_override")
     _own(run, layer, "stride", "ceil_mode")
     kernel = kernel if isinstance(kernel, tuple) else (kernel, kernel)
@@ -186,7 +186,7 @@ LAYERS: dict[type, Layer] = {
     nn.LeakyReLU: Layer(_elementwise("leaky_relu", "negative_slope"), ((F, "leaky_relu"),)),
     nn.ELU: Layer(_elementwise("elu", "alpha"), ((F, "elu"),)),
 }
-# As they were when this was imported: what another library puts in their place is not what is modelled here.
+# What they were when this module was imported: what another library puts in their place is not modelled here.
 FORWARDS = {cls: cls.forward for cls in LAYERS}
 PRISTINE = {(owner, name): getattr(owner, name) for layer in LAYERS.values() for owner, name in layer.functions}
 

@@ -83,7 +83,7 @@ def takes(x: object) -> bool:
 
 
 def global_hooks() -> list[str]:
-    """That there are hooks on every module, if so: they would miss the calls that a fused one bypasses."""
+    """Names hooks on every module, if there are any: they would miss the calls that a fused module leaves out."""
     return ["hooks on every module"] if hooks_on_every_module() else []
 
 
@@ -130,7 +130,7 @@ class FusedBlock(Fused):
 
 
 def is_unchanged(gate: nn.Module) -> bool:
-    """Whether a gate is what it was: of ours, whether its layers are plain."""
+    """Whether a fused gate is what it was, or one of ours has plain layers."""
     return gate.is_unchanged() if isinstance(gate, Fused) else gate.is_plain()
 
 
@@ -162,7 +162,7 @@ def block_class(original: type[nn.Module], fusion: Fusion) -> type[nn.Module]:
 
 @functools.cache
 def reference_class(original: type[nn.Module]) -> type[nn.Module]:
-    """The class for a module of ``reference``."""
+    """The subclass that computes a module of ``reference``."""
     cls = subclass(OF_REFERENCE[original], FusedReference)
     cls._original = original
     return cls
@@ -215,7 +215,7 @@ def attention_in(block: nn.Module) -> dict[Path, type[nn.Module]]:
 
 
 class _Unpickled:
-    """A module between its making and its state, by which it is recognised anew: guards do not travel."""
+    """A module that waits for its state, by which it is then recognised anew, since guards are not pickled."""
 
     _original: type[nn.Module]
     _is_block: bool

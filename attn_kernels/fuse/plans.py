@@ -1,4 +1,4 @@
-"""What a fused module computes: plans, which say where a module keeps its layers and which functional form they enter.
+"""Plans say what a fused module computes: where it keeps its layers, and which functional form takes them.
 
 A plan holds names and options, no parameters: those are read from the module at every call. It names layers by the path
 that leads to them, ``("channel", "fc1")``.
@@ -59,7 +59,7 @@ class Plan:
         return reasons
 
     def tensors(self, module: nn.Module) -> tuple[Tensor | None, ...]:
-        """The parameters and buffers that are read."""
+        """The parameters and buffers that ``compute`` reads."""
         return ()
 
     def norm(self, module: nn.Module) -> nn.Module | None:

@@ -41,7 +41,7 @@ def read(module: nn.Module, layout: str = "NCHW") -> tuple[Term, Interpreter]:
         result = run.call_module(Child((), module), (x,), {})
     except Refused:
         raise
-    except Exception as error:  # of whatever kind: a model is left as it is rather than not loaded
+    except Exception as error:  # of any kind: a module that cannot be read is left as it is
         raise Refused(f"could not be read: {type(error).__name__}: {error}") from error
     if not isinstance(result, Value):
         raise Refused("returns something else than a tensor")

@@ -41,7 +41,7 @@ def reduced(op: str, v: Value, dims: list[int], keepdim: bool, plane: object = N
         raise Refused(f"takes the {op} over dimensions that are not x's")
     shape = [ONE if d in dims else s for d, s in enumerate(v.shape) if keepdim or d not in dims]
     if not names:
-        if op == "lp":  # of one element it is the absolute value
+        if op == "lp":  # of one element, where it is the absolute value
             raise Refused("takes a norm of one element")
         return Value(v.term, shape)
     term = v.term

@@ -72,7 +72,7 @@ def find(block: nn.Module, attention: dict[Path, type[nn.Module]], exact_ties: b
         return _Writer(run, result, exact_ties).fusion()
     except Refused:
         raise
-    except Exception as error:  # of whatever kind: a model is left as it is rather than not loaded
+    except Exception as error:  # of any kind: a block that cannot be read is left as it is
         raise Refused(f"could not be read: {type(error).__name__}: {error}") from error
 
 
@@ -142,7 +142,7 @@ class _Writer:
         return replace(a.plan, ties=a.plan.ties and self.exact_ties)
 
     def is_closed(self, a: Attention) -> bool:
-        """Whether nothing else uses what is between an attention's input and its output."""
+        """Whether nothing outside uses what attention computes between its input and its output."""
         return all(user <= a.last for at in range(a.first, a.last) for user in self.users[at])
 
     def note(self, attention: Attention, epilogue: _Epilogue | None) -> None:
@@ -200,7 +200,7 @@ class _Writer:
         return f"drops by {target.name} with probability {p:.2g}" if isinstance(p, float) and p > 0 else None
 
     def added_to(self, at: int, add: int) -> tuple[Value | None, bool]:
-        """What is added to the result of a step, and whether in its place."""
+        """What is added to the result of a step, and whether the sum takes that result's place in memory."""
         step = self.steps[add]
         if not is_in(step.target, _ADDS) or len(step.args) != 2 or step.kwargs:
             return None, False
@@ -209,7 +209,7 @@ class _Writer:
         if not isinstance(first, Value) or not isinstance(second, Value):
             return None, False
         other = second if first.step == at else first
-        # In place of the other one, a tensor changes that may be seen elsewhere.
+        # A sum in place of the other summand changes a tensor that may be in use elsewhere.
         if other.step == at or (inplace and first.step != at):
             return None, False
         return other, inplace
@@ -316,7 +316,7 @@ class _Writer:
             signs = {"add": "+", "sub": "-", "mul": "*", "div": "/", "pow": "**"}
             if target in signs:
                 return f"v{at} = {args[0]} {signs[target]} {args[1]}"
-            # The name on the left is the one that has been written to: both are the same tensor.
+            # Both names are of one tensor; the one on the left was written to.
             return f"v{at} = {args[0]}; v{at} {signs[target[1:]]}= {args[1]}"
         return f"v{at} = {self.named(target)}({', '.join(args + kwargs)})"
 
@@ -365,7 +365,7 @@ def _compiled(source: str, name: str, names: tuple[tuple[str, object], ...]) -> 
 
 
 def fits(plan: Plan, module: nn.Module, x: object) -> bool:
-    """Whether the plan of layers on a block stands for them on ``x``."""
+    """Whether the plan of layers on a block gives what they give for ``x``."""
     if type(x) not in PLAIN_TENSORS or x.dim() != 4 or not x.is_floating_point():
         return False
     return not functional.why_not(x) and not plan.why_not(module, x)

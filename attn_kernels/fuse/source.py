@@ -1,4 +1,4 @@
-"""The syntax tree of a function, once its source file was seen to give the very code that runs."""
+"""The syntax tree of a function, whose source file was seen to compile to the very code that runs."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 
 
 class Refused(Exception):
-    """Raised for what is not understood whole or has no kernel; the message goes on a sentence about the module."""
+    """Raised for what is not understood whole or has no kernel; the message continues a sentence about the module."""
 
 
 class Term:
